@@ -1,0 +1,232 @@
+"""The sections of a recipe: one frozen pydantic model each, one docstring a field. No torch, no cross-field rules."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys forbidden, numbers finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which policy."""
+
+    path: str
+    """Hugging Face folder: config.json, safetensors, tokenizer. The architecture is read from its config.json alone."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of the trainer's parameters and of the engines."""
+
+
+class LayoutSection(Section):
+    """How the trainer's ranks are split; data parallel is what is left: world_size / (tp * pp)."""
+
+    world_size: Positive = 1
+    """Trainer ranks, one GPU each."""
+    tp: Positive = 1
+    """Tensor parallel degree."""
+    pp: Positive = 1
+    """Pipeline parallel degree."""
+    sequence_parallel: bool = True
+    """Split activations along the tokens between the tensor-parallel ranks; without effect at tp = 1."""
+    micro_batch_tokens: Positive = 8192
+    """Packed tokens of one forward at most, padding included; no sequence may be longer."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recomputation: full stores only each layer's input."""
+
+
+class RolloutSection(Section):
+    """How rollouts are sampled. Training always samples from the whole distribution: top_p = 1, top_k off."""
+
+    engines: Positive = 1
+    """vLLM engines; the prompts of a step are dealt among them."""
+    tp: Positive = 1
+    """Tensor parallel degree of one engine."""
+    max_response_tokens: Positive = 2048
+    """A response that reaches this length is cut and counted as truncated."""
+    temperature: PositiveFloat = 1.0
+    """Used by sampling and by the trainer's log-probs alike."""
+    max_num_seqs: Positive = 256
+    """Requests that one engine runs at the same time."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of the GPU's memory an engine may use. GPU only."""
+    kv_cache_mib: Positive = 256
+    """KV cache of one engine in MiB. CPU only."""
+    enforce_eager: bool = False
+    """Run the engines without CUDA graphs."""
+    prefix_caching: bool = True
+    """Reuse the KV cache of a group's common prompt; always dropped when new weights are committed."""
+
+
+class KLSection(Section):
+    """Penalty for leaving the reference policy, which is the model folder's weights."""
+
+    coefficient: NotNegativeFloat = 0.001
+    """Weight of the KL loss; 0 runs without a reference policy."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token estimator: k1 = log-ratio, k2 = half its square, k3 = r - 1 - log r (low variance)."""
+
+
+class AlgorithmSection(Section):
+    """The baseline that the contrastive reward is added to."""
+
+    prompts_per_step: Positive = 128
+    """Prompts of one training step."""
+    group_size: Positive = 16
+    """Rollouts of one prompt."""
+    updates_per_step: Positive = 1
+    """Optimizer steps of one training step; whole groups are dealt among them."""
+    advantage: Literal["group", "group_without_std"] = "group"
+    """group: (R - mean) / (std + 1e-6) inside the prompt's group; group_without_std: R - mean."""
+    clip_low: PositiveFloat = 0.2
+    """Ratio clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """Ratio clipped above at 1 + clip_high."""
+    dual_clip: Annotated[float, Field(gt=1)] = 3.0
+    """Bound on the loss of tokens with a negative advantage: at most -dual_clip * advantage."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """token_mean: all response tokens of the optimizer step weigh the same; sequence_mean: all sequences do."""
+    kl: KLSection = KLSection()
+
+
+class ContrastiveSection(Section):
+    """The contrastive head and the reward it pays (arXiv 2603.10101)."""
+
+    enabled: bool = True
+    """false: the plain baseline, same code."""
+    loss: Literal["infonce", "supcon_in", "supcon_out", "soft_nn"] = "infonce"
+    level: Literal["group", "batch", "cross"] = "group"
+    """Candidate sets. group: both inside the prompt's group; batch: both over all rows; cross: positives inside the
+    group, negatives over all rows."""
+    similarity: Literal["cosine", "negative_cosine", "l2"] = "cosine"
+    temperature: PositiveFloat = 0.05
+    reward_weight: NotNegativeFloat = 0.2
+    """Lambda: the reward is max(constant_reward - lambda * loss, reward_floor)."""
+    reward_floor: float = -0.5
+    constant_reward: float = 0.0
+    """Added to every row, wrong ones too, as in the reference."""
+    masked_label: Literal[-1, 0, 1] = 0
+    """Rows of this verdict (0 wrong, 1 right) are no anchors; -1: all rows are."""
+    skip_trivial: bool = True
+    """Leave out anchors without a positive or without a negative."""
+    numerics: Literal["exact", "reference"] = "exact"
+    """exact: masked log-sum-exp; reference: the published code's log(sum + 1e-8) after subtracting the row maximum."""
+    positive: Literal["sampled", "mean"] = "sampled"
+    """InfoNCE's positive: one drawn by (seed, step, row), or the mean over all (the same as supcon_out)."""
+    denominator: Literal["all_but_self", "sampled_plus_negatives"] = "all_but_self"
+    """all_but_self is the paper's: it holds the other positives too. InfoNCE only."""
+    head: Literal["linear", "mlp"] = "linear"
+    head_size: Positive = 512
+    """Outputs of the head."""
+    head_learning_rate: PositiveFloat = 1e-3
+    head_weight_decay: NotNegativeFloat = 0.01
+    head_frozen: bool = False
+    """Keep the head at its random start (the paper's ablation)."""
+    warmup_steps: NotNegative = 0
+    """First steps in which only the head learns and the policy waits. The reference's critic_warmup = w is w - 1 here."""
+    pool: Literal["decode", "response", "predictors"] = "decode"
+    """Positions averaged, by the token at the input: decode o_1..o_(T-1), response o_1..o_T, predictors the prompt's
+    last and o_1..o_(T-1)."""
+
+
+class OptimizerSection(Section):
+    """AdamW of the policy; constant learning rate after a linear warm-up."""
+
+    learning_rate: PositiveFloat = 1e-6
+    weight_decay: NotNegativeFloat = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: PositiveFloat = 1e-8
+    clip_grad: PositiveFloat = 1.0
+    """Bound on the global gradient norm."""
+    warmup_updates: NotNegative = 0
+    """Optimizer steps of linear warm-up."""
+
+
+class DataSection(Section):
+    """What to train and evaluate on."""
+
+    train: tuple[str, ...]
+    """Parquet or JSONL files."""
+    evaluation: tuple[str, ...] = ()
+    """Files evaluated during training; none: no evaluation."""
+    max_prompt_tokens: Positive = 512
+    """Longer prompts are dropped and counted."""
+    shuffle: bool = True
+    """Order of an epoch: a permutation drawn from (seed, epoch), or the file's order."""
+
+
+class RewardSection(Section):
+    """The verifiers' worker processes."""
+
+    workers: Positive = 2
+    timeout_s: PositiveFloat = 10.0
+    """An answer that takes longer is undecided and its worker is killed."""
+    max_answer_chars: Positive = 2000
+    """A boxed answer longer than this is undecided without being parsed."""
+
+
+class SyncSection(Section):
+    """Moving the weights to the engines."""
+
+    bucket_mib: Positive = 256
+    """Size of one bucket of whole Hugging Face tensors; a larger tensor travels alone."""
+    timeout_s: PositiveFloat = 600.0
+    """Deadline of one whole sync."""
+
+
+class CheckpointSection(Section):
+    """What is kept on disk."""
+
+    every: NotNegative = 0
+    """Steps between checkpoints; 0: only at the end and when stopped."""
+    keep: Positive = 2
+    """Newest checkpoints kept."""
+    hf_every: NotNegative = 0
+    """Steps between Hugging Face exports; 0: only at the end."""
+
+
+class EvaluationSection(Section):
+    """Evaluation during training: pass@1 greedy, and mean@n where samples > 1."""
+
+    every: NotNegative = 0
+    """Steps between evaluations; 0: only before the first step and after the last."""
+    at_start: bool = True
+    samples: Positive = 1
+    """n of mean@n; 1: greedy only."""
+    temperature: PositiveFloat = 0.6
+    """Of the n samples."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Of the n samples."""
+    max_prompts: NotNegative = 0
+    """First prompts of each file evaluated; 0: all."""
+
+
+class RunSection(Section):
+    """The run itself."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Folder of the run: FOLDER/NAME."""
+    folder: str = "runs"
+    steps: Positive = 100
+    seed: NotNegative = 0
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint of the run folder; never: refuse a run folder that is not empty."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensorboard: bool = False
+    """Write TensorBoard event files besides metrics.jsonl."""
+    gate_max_logprob_difference: PositiveFloat = 1.0
+    """Step-0 gate: the run stops when |sampled - scored log-prob| of any token is above this. In float32 1e-3 is right."""
+    gate_mean_logprob_difference: PositiveFloat = 0.05
+    """Step-0 gate on the mean over tokens. In float32 1e-4 is right."""
+    worker_timeout_s: PositiveFloat = 1800.0
+    """Deadline of one phase (generate, score, train) on every worker; past it the run ends and names who is late."""
