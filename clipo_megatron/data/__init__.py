@@ -1,0 +1,1 @@
+"""Prompts from files, their order, batches of rollouts and their packing into micro-batches."""

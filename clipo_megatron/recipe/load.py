@@ -25,28 +25,56 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: with every fault found, unknown keys with the nearest known one.
     """
+    recipe, problems = read_recipe(path, overrides)
+    if problems or recipe is None:
+        raise ConfigError(problems)
+    return recipe
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | None, list[str]]:
+    """Read a recipe as far as its faults allow, so that later checks can add theirs to the same list.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value`, the value in YAML syntax; later ones win.
+
+    Returns:
+        (recipe, problems). With problems the recipe has defaults in place of the faulty keys, and is for further
+        checks only; None when a key without default is faulty.
+    """
     if not path.is_file():
-        raise ConfigError(f"recipe {path}: no such file")
+        return None, [f"recipe {path}: no such file"]
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path}: not valid YAML: {error}") from error
+        return None, [f"recipe {path}: not valid YAML: {error}"]
     if not isinstance(content, dict):
-        raise ConfigError(f"recipe {path}: found {type(content).__name__}, expected sections such as 'model:' and 'run:'")
+        return None, [f"recipe {path}: found {type(content).__name__}, expected sections such as 'model:' and 'run:'"]
 
-    problems: list[str] = []
-    for override in overrides:
-        problem = _apply(content, override)
-        if problem:
-            problems.append(problem)
+    problems = [problem for override in overrides if (problem := _apply(content, override))]
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(problems + [_explain(fault) for fault in error.errors()]) from error
-    problems += recipe_problems(recipe)
-    if problems:
-        raise ConfigError(problems)
-    return recipe
+        problems += [_explain(fault) for fault in error.errors()]
+        recipe = _without_faults(content, error)
+    if recipe is not None:
+        problems += recipe_problems(recipe)
+    return recipe, problems
+
+
+def _without_faults(content: dict[str, Any], error: ValidationError) -> Recipe | None:
+    """The recipe with defaults in place of faulty keys, None when that can't be."""
+    for fault in error.errors():
+        place: Any = content
+        *sections, last = (part for part in fault["loc"] if isinstance(part, str))
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place.pop(last, None)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError:
+        return None
 
 
 def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:

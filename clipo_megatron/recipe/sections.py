@@ -208,7 +208,7 @@ class EvaluationSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Of the n samples."""
     max_prompts: NotNegative = 0
-    """First prompts of each file evaluated; 0: all."""
+    """First prompts of each source evaluated; 0: all."""
 
 
 class RunSection(Section):

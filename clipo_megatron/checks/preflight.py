@@ -1,0 +1,99 @@
+"""Everything about a recipe that files can tell before anything starts: model folder, data, run folder, device."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import yaml
+
+from clipo_megatron.checkpoint.training import list_checkpoints, read_manifest
+from clipo_megatron.data.prompts import PromptSet
+from clipo_megatron.data.rows import read_rows_problems
+from clipo_megatron.errors import CheckpointError
+from clipo_megatron.recipe import Recipe
+from clipo_megatron.weights.folder_check import model_folder_problems
+
+
+def file_problems(recipe: Recipe) -> list[str]:
+    """All faults of the files and folders that a recipe names. Reads headers only; takes a second or two."""
+    return [
+        *model_folder_problems(
+            Path(recipe.model.path), tp=recipe.layout.tp, pp=recipe.layout.pp, rollout_tp=recipe.rollout.tp
+        ),
+        *read_rows_problems([*recipe.data.train, *recipe.data.evaluation]),
+        *_run_folder_problems(recipe),
+        *_tensorboard_problems(recipe),
+    ]
+
+
+def device_problems(device: str) -> list[str]:
+    """`run.device` against what this machine has."""
+    import torch  # slow to import, and not needed by the other checks
+
+    if device == "cuda" and not torch.cuda.is_available():
+        return ["run.device = cuda: no CUDA device is visible here; set run.device=cpu or auto"]
+    return []
+
+
+def data_problems(train: PromptSet, recipe: Recipe) -> list[str]:
+    """What is known only once the prompts are tokenised: none left, or a checkpoint of other data."""
+    problems = []
+    if not len(train):
+        problems.append(
+            f"data.train: no prompt has at most data.max_prompt_tokens = {recipe.data.max_prompt_tokens} tokens "
+            f"({train.num_overlong} are longer); raise it"
+        )
+    for checkpoint in list_checkpoints(_folder(recipe) / "checkpoints")[-1:]:
+        manifest = read_manifest(checkpoint)
+        if manifest.data_hash != train.hash:
+            problems.append(
+                f"data.train: the prompts differ from those that {checkpoint} was trained on (hash {train.hash[:12]}, "
+                f"checkpoint {manifest.data_hash[:12]}); restore the files or choose another run.name"
+            )
+    return problems
+
+
+def _run_folder_problems(recipe: Recipe) -> list[str]:
+    folder = _folder(recipe)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return []
+    if recipe.run.resume == "never":
+        return [f"run.name = {recipe.run.name}: {folder} is not empty and run.resume = never; choose another run.name"]
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    if not checkpoints:
+        return []
+    try:
+        manifest = read_manifest(checkpoints[-1])
+    except CheckpointError as error:
+        return [str(error)]
+    if manifest.fingerprint == recipe.fingerprint:
+        return []
+    changed = ", ".join(_changed_keys(folder / "recipe.yaml", recipe)) or "keys unknown"
+    return [
+        f"run.name = {recipe.run.name}: {checkpoints[-1]} was made by another recipe ({changed}); going on would mix two "
+        "runs. Undo the change or choose another run.name"
+    ]
+
+
+def _changed_keys(saved: Path, recipe: Recipe) -> list[str]:
+    """`section.key: saved -> asked` of all keys that differ."""
+    if not saved.is_file():
+        return []
+    before, now = yaml.safe_load(saved.read_text()), recipe.model_dump(mode="json")
+    return [
+        f"{section}.{key}: {before.get(section, {}).get(key)} -> {value}"
+        for section, keys in now.items()
+        for key, value in keys.items()
+        if before.get(section, {}).get(key) != value
+    ]
+
+
+def _tensorboard_problems(recipe: Recipe) -> list[str]:
+    if recipe.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        return ["run.tensorboard = true: the package tensorboard is not installed; install it or set it to false"]
+    return []
+
+
+def _folder(recipe: Recipe) -> Path:
+    return Path(recipe.run.folder) / recipe.run.name

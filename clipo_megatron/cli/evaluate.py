@@ -1,0 +1,123 @@
+"""`clipo eval HF_DIR --data FILE --samples N`: accuracy of a Hugging Face folder, per source, as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipo_megatron.data.rows import read_rows_problems
+from clipo_megatron.errors import ConfigError
+from clipo_megatron.weights.folder_check import model_folder_problems
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declare the command."""
+    parser = commands.add_parser("eval", help="evaluate a Hugging Face checkpoint", description=__doc__)
+    parser.add_argument("model", type=Path, help="Hugging Face folder")
+    parser.add_argument("--data", action="append", required=True, metavar="FILE", help="parquet or JSONL; repeatable")
+    parser.add_argument("--samples", type=int, default=1, help="n of mean@n; 1: greedy pass@1 only")
+    parser.add_argument("--temperature", type=float, default=0.6, help="of the n samples")
+    parser.add_argument("--top-p", type=float, default=0.95, help="of the n samples")
+    parser.add_argument("--max-response-tokens", type=int, default=2048)
+    parser.add_argument("--max-prompt-tokens", type=int, default=512)
+    parser.add_argument("--max-prompts", type=int, default=0, help="first prompts of each source; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tp", type=int, default=1, help="tensor parallel degree of the engine")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="requests that run at the same time")
+    parser.add_argument("--workers", type=int, default=2, help="verifier processes")
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds an answer's verification may take")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print the JSON; everything else that libraries print goes to standard error.
+
+    Raises:
+        ConfigError: all faults of the model folder, the data files and the numbers.
+    """
+    problems = [*_number_problems(args), *model_folder_problems(args.model, rollout_tp=args.tp)]
+    problems += read_rows_problems(args.data)
+    if problems:
+        raise ConfigError(problems)
+    with _stdout_to_stderr():
+        result = _evaluate(args)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, object]:
+    import torch
+
+    from clipo_megatron.controller.evaluate import EvaluationSpec, evaluate
+    from clipo_megatron.controller.loop import limit_per_source
+    from clipo_megatron.data.prompts import load_prompts
+    from clipo_megatron.data.tokenizer import load_tokenizer
+    from clipo_megatron.rewards.pool import Verifiers
+    from clipo_megatron.rollout.engine import RolloutEngine
+    from clipo_megatron.rollout.environment import engine_environment
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.update(engine_environment(device, args.tp))
+    prompts = load_prompts(args.data, load_tokenizer(args.model), max_prompt_tokens=args.max_prompt_tokens)
+    prompts = limit_per_source(prompts, args.max_prompts)
+    spec = EvaluationSpec(
+        samples=args.samples,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_tokens=args.max_response_tokens,
+        seed=args.seed,
+    )
+    with Verifiers(args.workers, args.timeout, 2000) as verifiers:
+        engine = RolloutEngine(
+            model_path=args.model,
+            dtype=args.dtype,
+            device=device,
+            tp=args.tp,
+            max_model_len=args.max_prompt_tokens + args.max_response_tokens,
+            max_num_seqs=args.max_num_seqs,
+            kv_cache_mib=1024,
+            gpu_memory_utilization=0.9,
+            enforce_eager=device == "cpu",
+            prefix_caching=True,
+            seed=args.seed,
+        )
+        try:
+            evaluation = evaluate(prompts.prompts, engine, verifiers, spec, version=None)
+        finally:
+            engine.close()
+    return {
+        "model": str(args.model),
+        "prompts": len(prompts),
+        "overlong_dropped": prompts.num_overlong,
+        "samples": args.samples,
+        "sources": evaluation.measures,
+    }
+
+
+def _number_problems(args: argparse.Namespace) -> list[str]:
+    lowest = {"samples": 1, "max_response_tokens": 1, "max_prompt_tokens": 1, "max_prompts": 0, "tp": 1, "workers": 1}
+    return [
+        f"--{name.replace('_', '-')} = {getattr(args, name)}: must be >= {bound}"
+        for name, bound in lowest.items()
+        if getattr(args, name) < bound
+    ]
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Standard output, of C extensions too, goes to standard error within the block."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -1,0 +1,35 @@
+"""`clipo COMMAND`: reads the command line, turns errors into one clear line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from clipo_megatron.cli import data, evaluate, train
+from clipo_megatron.errors import ClipoError, ConfigError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done (or stopped on request, with a checkpoint), 1 the run failed, 2 the input can't be run.
+    """
+    parser = argparse.ArgumentParser(prog="clipo", description="Reinforcement learning with a contrastive reward.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (train, evaluate, data):
+        command.add_parser(commands)
+    parsed = parser.parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except ConfigError as error:
+        print("\n".join(f"clipo: {problem}" for problem in error.problems), file=sys.stderr)
+        return 2
+    except ClipoError as error:
+        print(f"clipo: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,167 @@
+"""`clipo train RECIPE.yaml [key=value ...]`: check everything, then run; resumes a run that was interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from clipo_megatron.checks.preflight import data_problems, device_problems, file_problems
+from clipo_megatron.errors import ConfigError
+from clipo_megatron.recipe import Recipe
+from clipo_megatron.recipe.load import read_recipe
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declare the command."""
+    parser = commands.add_parser("train", help="train a policy", description=__doc__)
+    parser.add_argument("recipe", type=Path, help="YAML file, e.g. examples/quickstart/recipe.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. layout.tp=4 run.steps=10")
+    parser.add_argument("--check", action="store_true", help="check, print the resolved recipe, start nothing")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the recipe and its files, then train.
+
+    Raises:
+        ConfigError: all faults found before anything was started.
+    """
+    recipe, problems = read_recipe(args.recipe, args.overrides)
+    if recipe is not None:
+        problems += file_problems(recipe)
+    if problems or recipe is None:
+        raise ConfigError(problems)
+    if args.check:
+        print(recipe.to_yaml(), end="")
+        return 0
+    if problems := device_problems(recipe.run.device):
+        raise ConfigError(problems)
+    return _train(recipe)
+
+
+def _train(recipe: Recipe) -> int:
+    import torch
+
+    from clipo_megatron.cluster.session import place, ray_session
+    from clipo_megatron.controller.loop import TrainingLoop, limit_per_source, run_folder
+    from clipo_megatron.data.prompts import load_prompts
+    from clipo_megatron.data.tokenizer import load_tokenizer
+    from clipo_megatron.rewards.pool import Verifiers
+
+    device = "cuda" if torch.cuda.is_available() and recipe.run.device != "cpu" else "cpu"
+    console = Console()
+    tokenizer = load_tokenizer(Path(recipe.model.path))
+    train = load_prompts(recipe.data.train, tokenizer, max_prompt_tokens=recipe.data.max_prompt_tokens)
+    if problems := data_problems(train, recipe):
+        raise ConfigError(problems)
+    evaluation = None
+    if recipe.data.evaluation:
+        everything = load_prompts(
+            recipe.data.evaluation, tokenizer, max_prompt_tokens=recipe.data.max_prompt_tokens
+        )
+        evaluation = limit_per_source(everything, recipe.evaluation.max_prompts)
+    folder = run_folder(recipe)
+    _prepare_folder(folder, recipe)
+    console.print(
+        f"run {folder}: {len(train)} training prompts ({train.num_overlong} over-long dropped), "
+        f"{recipe.layout.world_size} policy ranks (tp={recipe.layout.tp} pp={recipe.layout.pp} dp={recipe.dp}), "
+        f"{recipe.rollout.engines} engines on {device}",
+        highlight=False,
+    )
+    with (
+        Verifiers(recipe.rewards.workers, recipe.rewards.timeout_s, recipe.rewards.max_answer_chars) as verifiers,
+        ray_session(recipe, device=device),
+        stop_signals() as should_stop,
+    ):
+        verifiers.self_test()
+        started = time.perf_counter()
+        policy, engines = place(recipe, device=device, log_folder=folder / "logs")
+        console.print(f"workers up after {time.perf_counter() - started:.0f} s, logs in {folder / 'logs'}")
+        with _progress(console, recipe.run.steps) as on_row:
+            outcome = TrainingLoop(
+                recipe,
+                policy=policy,
+                engines=engines,
+                verifiers=verifiers,
+                train=train,
+                evaluation=evaluation,
+                on_row=on_row,
+                should_stop=should_stop,
+            ).run()
+    if outcome.stopped:
+        console.print(f"stopped after step {outcome.progress.step}; the same command goes on from {outcome.checkpoint}")
+    else:
+        console.print(f"done: metrics {folder / 'metrics.jsonl'}, Hugging Face checkpoint {outcome.exported}")
+    return 0
+
+
+def _prepare_folder(folder: Path, recipe: Recipe) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    log = logging.FileHandler(folder / "driver.log")
+    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(log)
+    root.setLevel(logging.INFO)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM and SIGUSR1 ask for a stop at the end of the step; a second one stops at once."""
+    asked = False
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        logging.getLogger(__name__).info("%s: stopping after this step", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(console: Console, steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A bar on a terminal, and one line a step everywhere."""
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("training", total=steps)
+
+        def on_row(row: dict[str, float]) -> None:
+            console.print(_line(row, steps), highlight=False, soft_wrap=True)
+            progress.update(task, completed=row["step"])
+
+        yield on_row
+
+
+def _line(row: dict[str, float], steps: int) -> str:
+    parts = [f"step {int(row['step'])}/{steps}"]
+    shown = (
+        ("accuracy", "reward/accuracy", ".3f"),
+        ("reward", "reward/total_mean", "+.3f"),
+        ("contrastive loss", "contrastive/loss", ".3f"),
+        ("KL", "policy/kl", ".4f"),
+        ("length", "rollout/response_length_mean", ".0f"),
+        ("s", "seconds/step", ".1f"),
+    )
+    parts += [f"{name} {row[key]:{form}}" for name, key, form in shown if key in row]
+    parts += [f"{key.removeprefix('evaluation/')} {value:.3f}" for key, value in row.items() if _is_accuracy(key)]
+    return "  ".join(parts)
+
+
+def _is_accuracy(key: str) -> bool:
+    return key.startswith("evaluation/") and key.endswith(("pass@1", "mean@n"))

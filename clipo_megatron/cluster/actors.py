@@ -1,0 +1,194 @@
+"""The Ray actors: thin shells around one policy rank and one rollout engine. No logic of their own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+from clipo_megatron.cluster.worker_log import LoggedWorker, reports_failure
+from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Scores, TrainReport, WeightBucket
+
+if TYPE_CHECKING:
+    from clipo_megatron.cluster.settings import EngineSettings, PolicySettings
+
+logger = logging.getLogger(__name__)
+
+
+class PolicyActor(LoggedWorker):
+    """One rank of the policy."""
+
+    def __init__(self, rank: int, settings: PolicySettings) -> None:
+        self.open_log(f"policy_{rank}", settings.log_folder)
+        self._rank = rank
+        self._settings = settings
+        logger.info("rank %d is process %d", rank, os.getpid())
+        self._stream: Iterator[WeightBucket] | None = None
+
+    @reports_failure
+    def open_rendezvous(self) -> tuple[str, int]:
+        """Start the store that all ranks meet at; the port is the one the system gave. Rank 0 only."""
+        from torch.distributed import TCPStore
+
+        host = ray.util.get_node_ip_address()
+        self._store = TCPStore(
+            host, 0, self._settings.layout.world_size, is_master=True, wait_for_workers=False
+        )
+        return host, self._store.port
+
+    @reports_failure
+    def start(self, host: str, port: int) -> None:
+        """Join the process group and build the model."""
+        import torch
+        import torch.distributed as dist
+
+        from clipo_megatron.policy.worker import PolicyWorker
+
+        settings, world_size = self._settings, self._settings.layout.world_size
+        timeout = timedelta(seconds=settings.timeout_s)
+        if self._rank:
+            self._store = dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+        if settings.device == "cuda":
+            torch.cuda.set_device(0)
+        else:
+            torch.set_num_threads(1)
+        dist.init_process_group(
+            "nccl" if settings.device == "cuda" else "gloo",
+            store=self._store,
+            rank=self._rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+        self._worker = PolicyWorker(
+            model_path=settings.model_path,
+            layout=settings.layout,
+            rank=self._rank,
+            dtype=settings.dtype,
+            device=settings.device,
+            sequence_parallel=settings.sequence_parallel,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            recompute=settings.recompute,
+            temperature=settings.temperature,
+            algorithm=settings.algorithm,
+            contrastive=settings.contrastive,
+            optimizer=settings.optimizer,
+            seed=settings.seed,
+        )
+
+    @reports_failure
+    def score(self, batch: RolloutBatch, step: int, with_reference: bool) -> Scores | None:
+        """See `PolicyWorker.score`."""
+        return self._worker.score(batch, step=step, with_reference=with_reference)
+
+    @reports_failure
+    def train(self, batch: RolloutBatch, step: int) -> TrainReport | None:
+        """See `PolicyWorker.train`."""
+        return self._worker.train(batch, step=step)
+
+    @reports_failure
+    def save(self, folder: str) -> None:
+        """See `PolicyWorker.save`."""
+        self._worker.save(Path(folder))
+
+    @reports_failure
+    def load(self, folder: str) -> None:
+        """See `PolicyWorker.load`."""
+        self._worker.load(Path(folder))
+
+    @reports_failure
+    def open_stream(self, version: int, first_index: int) -> None:
+        """Make ready to hand out this stage's weights as buckets, numbered from `first_index`."""
+        from clipo_megatron.sync.bucket import pack_buckets
+
+        buckets = pack_buckets(
+            self._worker.hf_tensors(), version=version, bucket_bytes=self._settings.bucket_bytes
+        )
+        self._stream = (replace(bucket, index=first_index + number) for number, bucket in enumerate(buckets))
+
+    @reports_failure
+    def next_bucket(self) -> WeightBucket | None:
+        """The next bucket of the open stream, None at its end."""
+        assert self._stream is not None
+        return next(self._stream, None)
+
+    @reports_failure
+    def drain_stream(self) -> None:
+        """Take part in the stream's collectives and keep nothing."""
+        for _ in self._worker.hf_tensors():
+            pass
+
+
+class EngineActor(LoggedWorker):
+    """One rollout engine."""
+
+    def __init__(self, number: int, settings: EngineSettings) -> None:
+        self.open_log(f"engine_{number}", settings.log_folder)
+        logger.info("engine %d is process %d", number, os.getpid())
+        self._settings = settings
+
+    @reports_failure
+    def start(self) -> None:
+        """Start vLLM on the model folder."""
+        from clipo_megatron.rollout.engine import RolloutEngine
+
+        settings = self._settings
+        self._engine = RolloutEngine(
+            model_path=settings.model_path,
+            dtype=settings.dtype,
+            device=settings.device,
+            tp=settings.tp,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            kv_cache_mib=settings.kv_cache_mib,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            enforce_eager=settings.enforce_eager,
+            prefix_caching=settings.prefix_caching,
+            seed=settings.seed,
+        )
+
+    @reports_failure
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        seed: int,
+        step: int,
+        version: int | None,
+    ) -> list[RolloutGroup]:
+        """See `RolloutEngine.generate`."""
+        return self._engine.generate(
+            prompts,
+            samples=samples,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            seed=seed,
+            step=step,
+            version=version,
+        )
+
+    @reports_failure
+    def begin_update(self, version: int) -> None:
+        """See `RolloutEngine.begin_update`."""
+        self._engine.begin_update(version)
+
+    @reports_failure
+    def load_bucket(self, bucket: WeightBucket) -> int:
+        """Load one bucket; returns the number of its tensors."""
+        self._engine.load_bucket(bucket)
+        return len(bucket.specs)
+
+    @reports_failure
+    def commit_update(self, version: int, num_tensors: int) -> None:
+        """See `RolloutEngine.commit_update`."""
+        self._engine.commit_update(version, num_tensors)

@@ -1,0 +1,98 @@
+"""All policy ranks as one `controller.Policy`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from clipo_megatron.checkpoint.export import export_hf
+from clipo_megatron.cluster.actors import PolicyActor
+from clipo_megatron.cluster.gather import gather
+from clipo_megatron.cluster.settings import PolicySettings
+from clipo_megatron.records import RolloutBatch, Scores, TrainReport, WeightBucket
+
+
+class RayPolicy:
+    """Starts one actor a rank and speaks to all of them at once."""
+
+    def __init__(self, settings: PolicySettings, *, actor_options: dict[str, Any]) -> None:
+        """Create the actors; `start` makes them build the model.
+
+        Args:
+            settings: shared by all ranks.
+            actor_options: Ray's resources and environment of one rank.
+        """
+        self._settings = settings
+        actor = ray.remote(PolicyActor)
+        self._actors = [
+            actor.options(name=f"policy_{rank}", **actor_options).remote(rank, settings)
+            for rank in range(settings.layout.world_size)
+        ]
+
+    def start(self) -> None:
+        """Rendezvous, then build the model on every rank."""
+        host, port = self._call([0], "start", lambda actor: actor.open_rendezvous.remote())[0]
+        self._all("start", lambda actor: actor.start.remote(host, port))
+
+    def score(self, batch: RolloutBatch, *, step: int, with_reference: bool) -> Scores:
+        """See `controller.Policy`."""
+        ref = ray.put(batch)
+        return self._one_result(self._all("score", lambda actor: actor.score.remote(ref, step, with_reference)))
+
+    def train(self, batch: RolloutBatch, *, step: int) -> TrainReport:
+        """See `controller.Policy`."""
+        ref = ray.put(batch)
+        return self._one_result(self._all("train", lambda actor: actor.train.remote(ref, step)))
+
+    def save(self, folder: Path) -> None:
+        """See `controller.Policy`."""
+        self._all("save", lambda actor: actor.save.remote(str(folder.resolve())))
+
+    def load(self, folder: Path) -> None:
+        """See `controller.Policy`."""
+        self._all("load", lambda actor: actor.load.remote(str(folder.resolve())))
+
+    def export_hf(self, folder: Path) -> None:
+        """See `controller.Policy`. Streams bucket by bucket; the folder appears when it is complete."""
+        buckets: Iterator[WeightBucket] = (ray.get(ref) for ref, _ in self.weight_buckets(0))
+        export_hf(buckets, source=self._settings.model_path, folder=folder)
+
+    def weight_buckets(self, version: int) -> Iterator[tuple[ray.ObjectRef, int]]:
+        """Buckets of all pipeline stages, first stage first: a reference to each and its number of tensors.
+
+        The next bucket is made while the caller is busy with the one before.
+        """
+        layout = self._settings.layout
+        number = 0
+        for stage in range(layout.pp):
+            ranks = [layout.rank(tp=tp, dp=0, pp=stage) for tp in range(layout.tp)]
+            first = number
+            self._call(ranks[:1], "sync", lambda actor: actor.open_stream.remote(version, first))  # noqa: B023
+            others = {f"policy_{rank}": self._actors[rank].drain_stream.remote() for rank in ranks[1:]}
+            sender = self._actors[ranks[0]]
+            pending = sender.next_bucket.remote()
+            while True:
+                bucket = gather(
+                    {f"policy_{ranks[0]}": pending}, phase="sync", timeout_s=self._settings.timeout_s
+                )[f"policy_{ranks[0]}"]
+                if bucket is None:
+                    break
+                ready, pending = pending, sender.next_bucket.remote()
+                yield ready, len(bucket.specs)
+                number += 1
+            gather(others, phase="sync", timeout_s=self._settings.timeout_s)
+
+    def _all(self, phase: str, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
+        return self._call(range(len(self._actors)), phase, call)
+
+    def _call(self, ranks: Sequence[int], phase: str, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
+        refs = {f"policy_{rank}": call(self._actors[rank]) for rank in ranks}
+        return list(gather(refs, phase=phase, timeout_s=self._settings.timeout_s).values())
+
+    def _one_result(self, results: Sequence[Any]) -> Any:  # noqa: ANN401 (Scores or TrainReport)
+        """What the one reporting rank returned."""
+        return next(itertools.filterfalse(lambda result: result is None, results))

@@ -1,0 +1,127 @@
+"""What an actor needs to start, taken out of the recipe on the driver. Plain values: they travel to the actors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings
+from clipo_megatron.recipe import Recipe
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicySettings:
+    """Arguments of `PolicyWorker` that all ranks share, and of the actor around it."""
+
+    model_path: Path
+    layout: ParallelLayout
+    dtype: str
+    device: Device
+    sequence_parallel: bool
+    micro_batch_tokens: int
+    recompute: Literal["none", "full"]
+    temperature: float
+    algorithm: AlgorithmSettings
+    contrastive: ContrastiveSettings | None
+    optimizer: OptimizerSettings
+    seed: int
+    bucket_bytes: int
+    timeout_s: float
+    log_folder: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """Arguments of `RolloutEngine`, and of the actor around it."""
+
+    model_path: Path
+    dtype: str
+    device: Device
+    tp: int
+    max_model_len: int
+    max_num_seqs: int
+    kv_cache_mib: int
+    gpu_memory_utilization: float
+    enforce_eager: bool
+    prefix_caching: bool
+    seed: int
+    log_folder: str
+
+
+def policy_settings(recipe: Recipe, *, device: Device, log_folder: Path) -> PolicySettings:
+    """The trainer's side of a recipe."""
+    algorithm, contrastive, optimizer = recipe.algorithm, recipe.contrastive, recipe.optimizer
+    return PolicySettings(
+        model_path=Path(recipe.model.path).resolve(),
+        layout=ParallelLayout(world_size=recipe.layout.world_size, tp=recipe.layout.tp, pp=recipe.layout.pp),
+        dtype=recipe.model.dtype,
+        device=device,
+        sequence_parallel=recipe.layout.sequence_parallel and recipe.layout.tp > 1,
+        micro_batch_tokens=recipe.layout.micro_batch_tokens,
+        recompute=recipe.layout.recompute,
+        temperature=recipe.rollout.temperature,
+        algorithm=AlgorithmSettings(
+            updates_per_step=algorithm.updates_per_step,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+            aggregation=algorithm.aggregation,
+            kl_coefficient=algorithm.kl.coefficient,
+            kl_estimator=algorithm.kl.estimator,
+        ),
+        contrastive=ContrastiveSettings(
+            loss=contrastive.loss,
+            level=contrastive.level,
+            similarity=contrastive.similarity,
+            temperature=contrastive.temperature,
+            masked_label=contrastive.masked_label,
+            skip_trivial=contrastive.skip_trivial,
+            numerics=contrastive.numerics,
+            positive=contrastive.positive,
+            denominator=contrastive.denominator,
+            head=contrastive.head,
+            head_size=contrastive.head_size,
+            head_learning_rate=contrastive.head_learning_rate,
+            head_weight_decay=contrastive.head_weight_decay,
+            head_frozen=contrastive.head_frozen,
+            pool=contrastive.pool,
+        )
+        if contrastive.enabled
+        else None,
+        optimizer=OptimizerSettings(
+            learning_rate=optimizer.learning_rate,
+            weight_decay=optimizer.weight_decay,
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            eps=optimizer.eps,
+            clip_grad=optimizer.clip_grad,
+            warmup_updates=optimizer.warmup_updates,
+        ),
+        seed=recipe.run.seed,
+        bucket_bytes=recipe.sync.bucket_mib << 20,
+        timeout_s=recipe.run.worker_timeout_s,
+        log_folder=str(log_folder.resolve()),
+    )
+
+
+def engine_settings(recipe: Recipe, *, device: Device, log_folder: Path) -> EngineSettings:
+    """The rollout side of a recipe."""
+    rollout = recipe.rollout
+    return EngineSettings(
+        model_path=Path(recipe.model.path).resolve(),
+        dtype=recipe.model.dtype,
+        device=device,
+        tp=rollout.tp,
+        max_model_len=recipe.data.max_prompt_tokens + rollout.max_response_tokens,
+        max_num_seqs=rollout.max_num_seqs,
+        kv_cache_mib=rollout.kv_cache_mib,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        enforce_eager=rollout.enforce_eager,
+        prefix_caching=rollout.prefix_caching,
+        seed=recipe.run.seed,
+        log_folder=str(log_folder.resolve()),
+    )

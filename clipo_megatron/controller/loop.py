@@ -1,0 +1,188 @@
+"""The training loop: steps, evaluation, checkpoints, metrics; resumes where it stood, stops when asked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clipo_megatron.checkpoint.training import Progress, list_checkpoints, read_manifest, save_checkpoint
+from clipo_megatron.controller.clock import PhaseClock
+from clipo_megatron.controller.evaluate import EvaluationSpec, evaluate
+from clipo_megatron.controller.metrics import MetricsWriter
+from clipo_megatron.controller.protocols import Engines, Policy
+from clipo_megatron.controller.report import step_metrics, write_answers, write_rollouts
+from clipo_megatron.controller.step import Step
+from clipo_megatron.data.order import PromptOrder
+from clipo_megatron.data.prompts import PromptSet
+from clipo_megatron.recipe import Recipe
+from clipo_megatron.rewards.pool import Verifiers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOutcome:
+    """How a run ended."""
+
+    progress: Progress
+    stopped: bool
+    """Ended early because it was asked to."""
+    checkpoint: Path
+    exported: Path | None
+    """Hugging Face folder; None when stopped early."""
+
+
+class TrainingLoop:
+    """Everything of one run that outlives a step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        policy: Policy,
+        engines: Engines,
+        verifiers: Verifiers,
+        train: PromptSet,
+        evaluation: PromptSet | None,
+        on_row: Callable[[dict[str, float]], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._recipe = recipe
+        self._policy = policy
+        self._engines = engines
+        self._verifiers = verifiers
+        self._train = train
+        self._evaluation = evaluation
+        self._on_row = on_row
+        self._should_stop = should_stop
+        self._folder = run_folder(recipe)
+        self._order = PromptOrder(len(train), seed=recipe.run.seed, shuffle=recipe.data.shuffle)
+        self._clock = PhaseClock()
+        self._step = Step(recipe, policy, engines, verifiers, self._clock)
+
+    def run(self) -> RunOutcome:
+        """Run to the last step, or to the end of the step in which a stop was asked for.
+
+        Raises:
+            CheckError: an invariant of the run is broken.
+            WorkerError: a worker failed.
+        """
+        progress, resumed = self._restore()
+        writer = MetricsWriter(
+            self._folder, tensorboard=self._recipe.run.tensorboard, resume_step=progress.step if resumed else None
+        )
+        try:
+            self._step.sync(progress.version)
+            if not resumed and self._recipe.evaluation.at_start:
+                self._write(writer, {"step": 0.0, "version": 0.0} | self._evaluate(progress))
+            saved = progress if resumed else None
+            while progress.step < self._recipe.run.steps and not self._should_stop():
+                progress, row = self._one_step(progress)
+                self._write(writer, row)
+                if self._is_due(progress.step, self._recipe.checkpoint.every):
+                    self._save(progress)
+                    saved = progress
+                if self._is_due(progress.step, self._recipe.checkpoint.hf_every):
+                    self._export(f"step_{progress.step:08d}")
+            if saved != progress:
+                self._save(progress)
+        finally:
+            writer.close()
+        stopped = progress.step < self._recipe.run.steps
+        return RunOutcome(
+            progress=progress,
+            stopped=stopped,
+            checkpoint=list_checkpoints(self._folder / "checkpoints")[-1],
+            exported=None if stopped else self._export("final"),
+        )
+
+    def _one_step(self, progress: Progress) -> tuple[Progress, dict[str, float]]:
+        algorithm, step = self._recipe.algorithm, progress.step + 1
+        rows = self._order.take(progress.prompts_taken, algorithm.prompts_per_step)
+        report = self._step.run([self._train.prompts[row] for row in rows], step=step, version=progress.version)
+        write_rollouts(self._folder / "rollouts" / f"step_{step:08d}.jsonl", report)
+        progress = Progress(step=step, version=report.version, prompts_taken=progress.prompts_taken + len(rows))
+        evaluation: dict[str, float] = {}
+        if step == self._recipe.run.steps or self._is_due(step, self._recipe.evaluation.every):
+            evaluation = self._evaluate(progress)
+        metrics = step_metrics(
+            report, reward_floor=self._recipe.contrastive.reward_floor, seconds=self._clock.take()
+        )
+        epoch = progress.prompts_taken / len(self._train)
+        return progress, {"step": float(step), "epoch": epoch} | metrics | evaluation
+
+    def _evaluate(self, progress: Progress) -> dict[str, float]:
+        if self._evaluation is None:
+            return {}
+        section = self._recipe.evaluation
+        spec = EvaluationSpec(
+            samples=section.samples,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            max_tokens=self._recipe.rollout.max_response_tokens,
+            seed=self._recipe.run.seed,
+        )
+        with self._clock.phase("evaluate"):
+            evaluation = evaluate(
+                self._evaluation.prompts, self._engines, self._verifiers, spec, version=progress.version
+            )
+        write_answers(self._folder / "rollouts" / f"evaluation_{progress.step:08d}.jsonl", evaluation.greedy)
+        return {
+            f"evaluation/{source}/{measure}": value
+            for source, measures in evaluation.measures.items()
+            for measure, value in measures.items()
+        }
+
+    def _restore(self) -> tuple[Progress, bool]:
+        """Progress to go on from, and whether a checkpoint was loaded."""
+        checkpoints = list_checkpoints(self._folder / "checkpoints")
+        if not checkpoints:
+            return Progress(), False
+        manifest = read_manifest(checkpoints[-1])
+        self._policy.load(checkpoints[-1])
+        logger.info("resumed from %s, step %d", checkpoints[-1], manifest.progress.step)
+        return manifest.progress, True
+
+    def _save(self, progress: Progress) -> None:
+        with self._clock.phase("save"):
+            save_checkpoint(
+                self._folder / "checkpoints",
+                progress,
+                write_ranks=self._policy.save,
+                fingerprint=self._recipe.fingerprint,
+                data_hash=self._train.hash,
+                keep=self._recipe.checkpoint.keep,
+            )
+
+    def _export(self, name: str) -> Path:
+        folder = self._folder / "hf" / name
+        with self._clock.phase("save"):
+            self._policy.export_hf(folder)
+        return folder
+
+    def _write(self, writer: MetricsWriter, row: dict[str, float]) -> None:
+        writer.write(row)
+        self._on_row(row)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Folder of the run."""
+    return Path(recipe.run.folder) / recipe.run.name
+
+
+def limit_per_source(prompts: PromptSet, limit: int) -> PromptSet:
+    """The first `limit` prompts of each source; all of them when `limit` is 0."""
+    if limit == 0:
+        return prompts
+    taken: dict[str, int] = {}
+    kept = []
+    for prompt in prompts.prompts:
+        taken[prompt.source] = taken.get(prompt.source, 0) + 1
+        if taken[prompt.source] <= limit:
+            kept.append(prompt)
+    return replace(prompts, prompts=tuple(kept))

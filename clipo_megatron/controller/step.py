@@ -1,0 +1,150 @@
+"""One training step: generate, judge, batch, score, reward, train, sync. Pure order of events; the math is elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from clipo_megatron.algorithms.advantages import group_advantages
+from clipo_megatron.algorithms.reward import contrastive_reward
+from clipo_megatron.controller.clock import PhaseClock
+from clipo_megatron.controller.gate import check_logprobs
+from clipo_megatron.controller.protocols import Engines, Policy
+from clipo_megatron.data.batch import build_batch
+from clipo_megatron.errors import CheckError
+from clipo_megatron.recipe import Recipe
+from clipo_megatron.records import Floats, Prompt, RolloutBatch, RolloutGroup, Scores, TrainReport
+from clipo_megatron.rewards.pool import Verifiers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """All that happened in one step; `controller.report` turns it into metrics."""
+
+    groups: Sequence[RolloutGroup]
+    """Judged."""
+    batch: RolloutBatch
+    """With old log-probs and advantages."""
+    scores: Scores
+    contrastive: Floats
+    """[S] contrastive reward; zeros when the term is off."""
+    trained: TrainReport | None
+    """None in the steps in which only the head learns."""
+    version: int
+    """Of the weights after the step."""
+
+
+class Step:
+    """Runs training steps of one recipe on a policy and engines."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, engines: Engines, verifiers: Verifiers, clock: PhaseClock) -> None:
+        self._recipe = recipe
+        self._policy = policy
+        self._engines = engines
+        self._verifiers = verifiers
+        self._clock = clock
+        self._gate_passed = False
+
+    def run(self, prompts: Sequence[Prompt], *, step: int, version: int) -> StepReport:
+        """One step on `prompts`.
+
+        Args:
+            prompts: the step's prompts.
+            step: number of the step, from 1.
+            version: of the weights that policy and engines hold.
+
+        Raises:
+            CheckError: the step-0 gate trips, or too few rollouts are left to train on.
+        """
+        groups = self.sample(prompts, step=step, version=version)
+        batch = build_batch(groups, group_size=self._recipe.algorithm.group_size)
+        self._check_size(batch, step)
+        with self._clock.phase("score"):
+            scores = self._policy.score(batch, step=step, with_reference=self._recipe.algorithm.kl.coefficient > 0)
+        if not self._gate_passed:
+            check_logprobs(
+                batch,
+                scores,
+                max_difference=self._recipe.run.gate_max_logprob_difference,
+                mean_difference=self._recipe.run.gate_mean_logprob_difference,
+            )
+            self._gate_passed = True
+        contrastive = self.contrastive_rewards(batch, scores)
+        batch = batch.with_(
+            old_logprobs=scores.old_logprobs,
+            reference_logprobs=scores.reference_logprobs,
+            advantages=self.advantages(batch, contrastive),
+        )
+        trained = None
+        if not self._recipe.contrastive.enabled or step > self._recipe.contrastive.warmup_steps:
+            with self._clock.phase("train"):
+                trained = self._policy.train(batch, step=step)
+            version += 1
+            self.sync(version)
+        return StepReport(
+            groups=groups, batch=batch, scores=scores, contrastive=contrastive, trained=trained, version=version
+        )
+
+    def sample(self, prompts: Sequence[Prompt], *, step: int, version: int) -> list[RolloutGroup]:
+        """Training rollouts of `prompts`, judged."""
+        recipe = self._recipe
+        with self._clock.phase("generate"):
+            groups = self._engines.generate(
+                prompts,
+                samples=recipe.algorithm.group_size,
+                temperature=recipe.rollout.temperature,
+                top_p=1.0,
+                max_tokens=recipe.rollout.max_response_tokens,
+                seed=recipe.run.seed,
+                step=step,
+                version=version,
+            )
+        with self._clock.phase("judge"):
+            return judge(groups, self._verifiers)
+
+    def contrastive_rewards(self, batch: RolloutBatch, scores: Scores) -> Floats:
+        """float32 [S]: what the contrastive term pays each row; zeros when it is off."""
+        section = self._recipe.contrastive
+        if not section.enabled:
+            return np.zeros(batch.num_sequences, dtype=np.float32)
+        return contrastive_reward(
+            torch.from_numpy(scores.contrastive_loss),
+            torch.from_numpy(batch.is_correct),
+            weight=section.reward_weight,
+            floor=section.reward_floor,
+            constant=section.constant_reward,
+        ).numpy()
+
+    def advantages(self, batch: RolloutBatch, contrastive: Floats) -> Floats:
+        """float32 [S]: group-relative advantage of outcome plus contrastive reward."""
+        return group_advantages(
+            torch.from_numpy(batch.outcome + contrastive),
+            torch.from_numpy(batch.group_id),
+            use_std=self._recipe.algorithm.advantage == "group",
+        ).numpy()
+
+    def sync(self, version: int) -> None:
+        """Move the policy's weights to the engines as `version`."""
+        with self._clock.phase("sync"):
+            self._engines.update_weights(version, self._policy.weight_buckets(version))
+
+    def _check_size(self, batch: RolloutBatch, step: int) -> None:
+        needed = self._recipe.dp * self._recipe.algorithm.updates_per_step
+        if batch.num_sequences < needed:
+            raise CheckError(
+                f"step {step}: {batch.num_sequences} rollouts are left to train on and {needed} are needed (one for "
+                f"each data parallel rank and update); dropped: {dict(batch.dropped)}. Look at the step's rollouts"
+            )
+
+
+def judge(groups: Sequence[RolloutGroup], verifiers: Verifiers) -> list[RolloutGroup]:
+    """The same groups with every rollout's verdict."""
+    items = [(g.prompt.verifier, g.prompt.answer, rollout.text) for g in groups for rollout in g.rollouts]
+    verdicts = iter(verifiers.judge(items))
+    return [
+        replace(group, rollouts=tuple(replace(rollout, verdict=next(verdicts)) for rollout in group.rollouts))
+        for group in groups
+    ]

@@ -1,0 +1,104 @@
+"""Collectives over a process group given as an argument; each also works for a group of one.
+
+Letters: B rows of the whole batch, b rows of this rank, D width of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum of `value` over the group, in place; the same bits on all its ranks.
+
+    Collectives: one all_reduce(SUM) of `value` on `group`.
+    """
+    if group.size() > 1:
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def reduce_max(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Largest `value` of the group, elementwise and in place.
+
+    Collectives: one all_reduce(MAX) of `value` on `group`.
+    """
+    if group.size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
+    return value
+
+
+def reduce_gradients(parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Sum the gradients of replicated parameters over the group, all of them in one message.
+
+    Collectives: one all_reduce(SUM) of float32 [all gradients] on `group`. A parameter without a gradient counts as zero.
+    """
+    replicated = list(parameters)
+    for parameter in replicated:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if group.size() == 1:
+        return
+    gradients = [parameter.grad for parameter in replicated if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def gather_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The shards of all ranks in the order of the group, on every rank. No gradient.
+
+    Collectives: one all_gather of `shard`, the same shape on all ranks of `group`.
+    """
+    shard = shard.detach().contiguous()
+    if group.size() == 1:
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard, group=group)
+    return shards
+
+
+def gather_rows(rows_bD: Tensor, row_b: Tensor, *, num_rows: int, group: dist.ProcessGroup) -> Tensor:
+    """Put each rank's rows at their places in the whole batch, on every rank, with gradients.
+
+    Every rank of the group must go on to compute the same scalar from the result: then the gradient of this rank's rows
+    is already complete, and the backward pass communicates nothing. Parameters behind `rows_bD` get this rank's share of
+    their gradient, which the caller sums over the group (`reduce_gradients`).
+
+    Collectives: one all_reduce(SUM) of `rows_bD`'s dtype [B, D] on `group`, in the forward pass.
+
+    Args:
+        rows_bD: rows of this rank [b, D]; b may differ between ranks and may be 0.
+        row_b: their row numbers in the batch, int64 [b]; together the ranks hold each of 0..B-1 once.
+        num_rows: B.
+        group: the ranks that share the batch.
+
+    Returns:
+        [B, D], the same bits on all ranks.
+    """
+    return _GatherRows.apply(rows_bD, row_b, num_rows, group)  # pyright: ignore[reportReturnType]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        rows_bD: Tensor,
+        row_b: Tensor,
+        num_rows: int,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        ctx.save_for_backward(row_b)
+        all_BD = rows_bD.new_zeros(num_rows, *rows_bD.shape[1:])
+        all_BD[row_b] = rows_bD
+        return reduce_sum(all_BD, group)  # all others hold zeros there: the sum is exact
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_BD: Tensor) -> tuple[Tensor, None, None, None]:
+        (row_b,) = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        return grad_BD[row_b], None, None, None

@@ -1,0 +1,120 @@
+"""The contrastive head on the last stage: from pooled states to one loss a row, and the head's own training.
+
+Letters: B rows of the batch, b rows of this data parallel rank, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clipo_megatron.algorithms.contrastive import ContrastiveResult, contrastive_loss
+from clipo_megatron.algorithms.heads import build_head, embed
+from clipo_megatron.algorithms.metrics import anchor_metrics, embedding_metrics
+from clipo_megatron.parallel.collectives import gather_rows, reduce_gradients
+from clipo_megatron.policy.settings import ContrastiveSettings
+from clipo_megatron.records import RolloutBatch
+
+
+class ContrastiveHead:
+    """One head, replicated in float32 over the last stage's ranks; the same bits on all of them."""
+
+    def __init__(
+        self,
+        settings: ContrastiveSettings,
+        *,
+        hidden_size: int,
+        seed: int,
+        dp_group: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        self._settings = settings
+        self._seed = seed
+        self._dp_group = dp_group
+        self.module = build_head(settings.head, hidden_size=hidden_size, head_size=settings.head_size, seed=seed).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(), lr=settings.head_learning_rate, weight_decay=settings.head_weight_decay
+        )
+        self.skipped = 0
+        """Steps without an anchor or with a loss that was not finite."""
+
+    def score(
+        self, batch: RolloutBatch, h_bH: Tensor, row_b: Tensor, *, step: int
+    ) -> tuple[ContrastiveResult, dict[str, float]]:
+        """Losses of the whole batch under the head as it is, then the head's step.
+
+        Collectives: one all_reduce of the embeddings [B, D] and one of the head's gradient, on the data parallel group.
+
+        Args:
+            batch: the whole batch, the same on all ranks.
+            h_bH: pooled states of this rank's rows, float32 [b, H].
+            row_b: their row numbers, int64 [b].
+            step: of the run; keys the drawn positives.
+
+        Returns:
+            (result in the batch's order, metrics).
+        """
+        settings, device = self._settings, h_bH.device
+        # Under decode a response of one token has no position, so its row is in no set.
+        is_valid_B = torch.from_numpy(batch.response_lengths > (1 if settings.pool == "decode" else 0)).to(device)
+        # Rows are taken in the order of their keys: sums do not depend on the order in which rollouts arrived.
+        order = torch.from_numpy(np.argsort(batch.row_key, kind="stable")).to(device)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=device)
+        group_id_B, is_correct_B, row_key_B = (
+            torch.from_numpy(column).to(device)[order] for column in (batch.group_id, batch.is_correct, batch.row_key)
+        )
+        with torch.set_grad_enabled(not settings.head_frozen):
+            z_BD = gather_rows(
+                embed(self.module, h_bH), place[row_b], num_rows=batch.num_sequences, group=self._dp_group
+            )
+            result = contrastive_loss(
+                z_BD,
+                group_id_B=group_id_B,
+                is_correct_B=is_correct_B,
+                row_key_B=row_key_B,
+                loss=settings.loss,
+                level=settings.level,
+                similarity=settings.similarity,
+                temperature=settings.temperature,
+                masked_label=settings.masked_label,
+                skip_trivial=settings.skip_trivial,
+                numerics=settings.numerics,
+                positive=settings.positive,
+                denominator=settings.denominator,
+                seed=self._seed,
+                step=step,
+                is_valid_B=is_valid_B[order],
+            )
+        metrics = anchor_metrics(result.loss_B, result.is_anchor_B, is_correct_B)
+        pairs = embedding_metrics(z_BD.detach(), group_id_B, is_correct_B, is_valid_B=is_valid_B[order])
+        metrics |= {f"cosine_{name}": value for name, value in pairs.items()}
+        metrics |= self._learn(result)
+        in_batch_order = ContrastiveResult(
+            loss=result.loss.detach(),
+            loss_B=result.loss_B[place],
+            is_anchor_B=result.is_anchor_B[place],
+            num_anchors=result.num_anchors,
+            positive_B=torch.where(result.positive_B >= 0, order[result.positive_B.clamp(min=0)], -1)[place],
+        )
+        return in_batch_order, metrics
+
+    def _learn(self, result: ContrastiveResult) -> dict[str, float]:
+        metrics = {"loss": float(result.loss.detach()), "head_steps_skipped": float(self.skipped)}
+        if self._settings.head_frozen:
+            return metrics
+        # The loss is the same on all ranks, so all of them skip or none does.
+        if result.num_anchors == 0 or not math.isfinite(metrics["loss"]):
+            self.skipped += 1
+            return metrics | {"head_steps_skipped": float(self.skipped)}
+        self.optimizer.zero_grad()
+        result.loss.backward()
+        reduce_gradients(self.module.parameters(), self._dp_group)
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        metrics["head_grad_norm"] = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+        self.optimizer.step()
+        return metrics

@@ -1,0 +1,56 @@
+"""What the policy needs to know of a run, as small frozen records. Fields are named as in the recipe's sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlgorithmSettings:
+    """The policy loss."""
+
+    updates_per_step: int = 1
+    """Optimizer steps of one training step; whole groups are dealt among them."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    kl_coefficient: float = 0.0
+    """Weight of the KL loss; 0 runs without a reference policy."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContrastiveSettings:
+    """The contrastive head and its loss."""
+
+    loss: Literal["infonce", "supcon_in", "supcon_out", "soft_nn"] = "infonce"
+    level: Literal["group", "batch", "cross"] = "group"
+    similarity: Literal["cosine", "negative_cosine", "l2"] = "cosine"
+    temperature: float = 0.05
+    masked_label: Literal[-1, 0, 1] = 0
+    skip_trivial: bool = True
+    numerics: Literal["exact", "reference"] = "exact"
+    positive: Literal["sampled", "mean"] = "sampled"
+    denominator: Literal["all_but_self", "sampled_plus_negatives"] = "all_but_self"
+    head: Literal["linear", "mlp"] = "linear"
+    head_size: int = 512
+    head_learning_rate: float = 1e-3
+    head_weight_decay: float = 0.01
+    head_frozen: bool = False
+    pool: Literal["decode", "response", "predictors"] = "decode"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSettings:
+    """AdamW of the policy; constant learning rate after a linear warm-up."""
+
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    warmup_updates: int = 0
+    """Optimizer steps of linear warm-up."""

@@ -1,0 +1,320 @@
+"""One vLLM engine: groups of rollouts from the weights it holds, and new weights into it. No Ray in here."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from clipo_megatron.data.tokenizer import load_tokenizer
+from clipo_megatron.errors import CheckError, EngineError
+from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, VersionSpan, WeightBucket
+from clipo_megatron.rollout.environment import environment_problems
+from clipo_megatron.rollout.sampling import rollout_seed, stop_token_ids
+from clipo_megatron.sync.shared_memory import published
+from clipo_megatron.sync.state import SyncState
+from clipo_megatron.weights.architecture import read_architecture
+from clipo_megatron.weights.names import hf_tensor_specs
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+    from vllm.outputs import CompletionOutput
+
+
+class RolloutEngine:
+    """A vLLM engine in this process; with tp > 1 its workers are child processes.
+
+    It starts with the model folder's own weights, which are version None. The process must have been started with the
+    variables of `engine_environment`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_path: str,
+        dtype: Literal["float32", "bfloat16"],
+        device: Literal["cpu", "cuda"],
+        tp: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        kv_cache_mib: int,
+        gpu_memory_utilization: float,
+        enforce_eager: bool,
+        prefix_caching: bool,
+        seed: int,
+    ) -> None:
+        """Load the model.
+
+        Args:
+            model_path: Hugging Face folder.
+            dtype: of weights and activations.
+            device: where the engine runs; must be what the installed vLLM is built for.
+            tp: tensor parallel degree.
+            max_model_len: prompt and response tokens of one sequence at most.
+            max_num_seqs: requests run at the same time.
+            kv_cache_mib: KV cache on a CPU.
+            gpu_memory_utilization: share of a GPU's memory for weights and KV cache.
+            enforce_eager: no CUDA graphs.
+            prefix_caching: share the KV cache of common prompts.
+            seed: of vLLM's own generator; requests have their own seeds.
+
+        Raises:
+            EngineError: the process's environment does not suit vLLM or holds an engine already, or vLLM is built for
+                another device.
+            ConfigError: the model folder has no tokenizer or no stop id.
+        """
+        _check_environment(device, tp)
+        self._model_path = model_path
+        self._tokenizer = load_tokenizer(model_path)
+        self._stop_ids = stop_token_ids(model_path, self._tokenizer.eos_token_id)
+        self._max_model_len = max_model_len
+        self._state = SyncState()
+
+        make_llm = _import_vllm(device)
+        on_cpu = device == "cpu"
+        self._llm: LLM | None = make_llm(
+            model=model_path,
+            # Ids in, ids out. The tokenizer's and generation_config.json's ideas about sampling stay out as well.
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+            dtype=dtype,
+            load_format="safetensors",
+            use_tqdm_on_load=False,
+            tensor_parallel_size=tp,
+            distributed_executor_backend="uni" if tp == 1 else "mp",
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            kv_cache_memory_bytes=kv_cache_mib << 20 if on_cpu else None,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager or on_cpu,
+            enable_prefix_caching=prefix_caching,
+            worker_extension_cls="clipo_megatron.rollout.receiver.WeightReceiver",
+            seed=seed,
+        )
+
+    @property
+    def version(self) -> int | None:
+        """The version served, None for the model folder's own weights.
+
+        Raises:
+            EngineError: an update is under way or was not finished.
+        """
+        return self._state.version
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        seed: int,
+        step: int,
+        version: int | None,
+    ) -> list[RolloutGroup]:
+        """Sample `samples` responses to each prompt.
+
+        A response depends on (weights, seed, step, prompt, sample number) only: not on the other prompts of the call,
+        nor on the calls before. Log-probs are those of the distribution sampled from; at temperature 0, those of
+        temperature 1.
+
+        Args:
+            prompts: at most max_model_len - max_tokens ids each.
+            samples: responses of one prompt.
+            temperature: 0 is greedy.
+            top_p: 1 for training.
+            max_tokens: a longer response is cut.
+            seed: seed of the run.
+            step: training step.
+            version: the version to sample from; None is the model folder's own weights, and such rollouts have no
+                `policy_versions`.
+
+        Returns:
+            One group a prompt, in the order of `prompts`.
+
+        Raises:
+            EngineError: the engine does not hold `version`, or a prompt is too long.
+            CheckError: a log-prob is not finite.
+        """
+        llm = self._running()
+        self._state.ready(version)
+        self._check_lengths(prompts, max_tokens)
+        # Cached blocks of an earlier call change the last bits: without them a resumed run equals an uninterrupted one.
+        self._drop_prefix_cache()
+
+        requests, parameters = [], []
+        for prompt in prompts:
+            token_ids = prompt.token_ids.tolist()
+            for sample in range(samples):
+                request_seed = rollout_seed(seed=seed, step=step, prompt_index=prompt.index, sample=sample)
+                requests.append({"prompt_token_ids": token_ids})
+                parameters.append(self._parameters(request_seed, temperature, top_p, max_tokens))
+        outputs = llm.generate(requests, parameters, use_tqdm=False)
+        rollouts = [self._rollout(output.outputs[0], version) for output in outputs]
+        return [
+            RolloutGroup(prompt=prompt, rollouts=tuple(rollouts[row * samples : (row + 1) * samples]))
+            for row, prompt in enumerate(prompts)
+        ]
+
+    def begin_update(self, version: int) -> None:
+        """Start receiving the weights of `version`; nothing is generated before they are committed.
+
+        Raises:
+            EngineError: an update is under way, or the version is not newer than the newest one held.
+        """
+        self._running()
+        self._state.begin(version, hf_tensor_specs(read_architecture(Path(self._model_path))))
+        self._on_workers("clipo_begin_update")
+
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        """Load the next bucket of the update.
+
+        Raises:
+            EngineError: wrong version, order, tensor or shape. The engine is stale then.
+            CheckError: the payload changed on the way. The engine is stale then.
+        """
+        self._running()
+        self._state.receive(bucket)
+        with published(bucket.payload) as path:
+            self._on_workers(
+                "clipo_load_bucket",
+                path,
+                len(bucket.payload),
+                bucket.version,
+                bucket.index,
+                bucket.checksum,
+                [astuple(spec) for spec in bucket.specs],
+            )
+
+    def commit_update(self, version: int, num_tensors: int) -> None:
+        """Serve `version` from here on.
+
+        Args:
+            version: what `begin_update` was given.
+            num_tensors: tensors that the sender has sent.
+
+        Raises:
+            EngineError: tensors are missing, or the prefix cache could not be dropped. The engine is stale then.
+        """
+        self._running()
+        self._state.check_complete(version, num_tensors)
+        self._on_workers("clipo_finish_update")
+        self._drop_prefix_cache()
+        self._state.commit(version, num_tensors)
+
+    def abort_update(self) -> None:
+        """Give up an update. The engine is stale until a whole one has been committed; without one nothing changes."""
+        self._state.abort()
+        self._on_workers("clipo_abandon_update")
+
+    def close(self) -> None:
+        """End the workers and free the memory; the engine can't be used any more. Closing twice is fine."""
+        if self._llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()  # the model is part of reference cycles
+        cleanup_dist_env_and_memory()
+
+    def _running(self) -> LLM:
+        if self._llm is None:
+            raise EngineError("the engine is closed; start a new one")
+        return self._llm
+
+    def _parameters(self, seed: int, temperature: float, top_p: float, max_tokens: int) -> SamplingParams:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            n=1,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=0,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            seed=seed,
+            max_tokens=max_tokens,
+            min_tokens=0,
+            stop_token_ids=list(self._stop_ids),
+            ignore_eos=True,  # nothing but the ids above stops
+            logprobs=0,  # the sampled token's only
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+    def _check_lengths(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
+        for prompt in prompts:
+            length = len(prompt.token_ids)
+            if not 0 < length <= self._max_model_len - max_tokens:
+                raise EngineError(
+                    f"prompt {prompt.index} has {length} tokens: with responses of up to {max_tokens} tokens the "
+                    f"engine takes 1 to {self._max_model_len - max_tokens} (max_model_len = {self._max_model_len}); "
+                    "lower data.max_prompt_tokens or start the engine with a larger max_model_len"
+                )
+
+    def _drop_prefix_cache(self) -> None:
+        if not self._running().reset_prefix_cache():
+            self._state.abort()
+            raise EngineError("the prefix cache could not be dropped: requests are still running; restart the engine")
+
+    def _on_workers(self, method: str, *arguments: object) -> None:
+        """Call a receiver's method on all workers; the first error is raised, and ends the update under way."""
+        replies = self._running().collective_rpc(method, args=arguments)
+        for rank, (kind, message) in enumerate(replies):
+            if kind:
+                self._state.abort()
+                text = f"engine worker {rank} of {len(replies)}: {method}: {kind}: {message}"
+                raise CheckError(text) if kind == "CheckError" else EngineError(text)
+
+    def _rollout(self, completion: CompletionOutput, version: int | None) -> Rollout:
+        ids = np.asarray(completion.token_ids, np.int32)
+        logprobs = np.asarray(completion.logprobs.logprobs, np.float32)  # pyright: ignore
+        if len(logprobs) != len(ids) or not np.isfinite(logprobs).all():
+            raise CheckError(
+                f"engine: {len(ids)} tokens with {len(logprobs)} log-probs, {np.count_nonzero(~np.isfinite(logprobs))} "
+                "of them not finite: the weights or the KV cache are broken"
+            )
+        if completion.finish_reason not in set(Finish):
+            raise EngineError(f"engine: a response ended for the unknown reason {completion.finish_reason!r}")
+        has_version = version is not None and len(ids) > 0
+        spans = (VersionSpan(version=version, start=0, end=len(ids)),) if has_version else ()
+        return Rollout(
+            response_ids=ids,
+            sampled_logprobs=logprobs,
+            finish=Finish(completion.finish_reason),
+            policy_versions=spans,
+            text=self._tokenizer.decode(ids, skip_special_tokens=True),
+        )
+
+
+def _check_environment(device: str, tp: int) -> None:
+    problems = environment_problems(device, tp, os.environ)
+    if problems:
+        raise EngineError(
+            "a process that holds an engine must be started with engine_environment: " + "; ".join(problems)
+        )
+
+
+def _import_vllm(device: str) -> type[LLM]:
+    from vllm import LLM
+    from vllm.distributed import model_parallel_is_initialized
+    from vllm.platforms import current_platform
+
+    if model_parallel_is_initialized():
+        raise EngineError("this process holds an engine already; close it first, or start the new one elsewhere")
+    if current_platform.is_cpu() != (device == "cpu"):
+        raise EngineError(
+            f"device = {device}: the installed vLLM runs on {current_platform.device_type}; set run.device to match or "
+            "install the other build"
+        )
+    return LLM

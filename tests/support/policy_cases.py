@@ -1,0 +1,135 @@
+"""Batches, settings and workers for tests of the policy, and views of a worker's insides that only tests need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clipo_megatron.parallel.collectives import gather_shards
+from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings
+from clipo_megatron.policy.weight_io import global_names
+from clipo_megatron.policy.worker import PolicyWorker
+from clipo_megatron.records import RolloutBatch, Scores
+from clipo_megatron.weights.mapping import hf_tensors_of
+from clipo_megatron.weights.names import split_dim
+
+VOCAB_SIZE = 300
+"""Padded to 384 at tp = 1 and to 512 at tp = 2: layouts differ in their padding as well."""
+# Adam divides by sqrt(v) + eps: with 1e-8 it would turn rounding noise of 1e-9 on a near-zero gradient into a whole step.
+OPTIMIZER = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1, eps=1e-3, clip_grad=1.0)
+ALGORITHM = AlgorithmSettings(updates_per_step=2, kl_coefficient=0.1)
+CONTRASTIVE = ContrastiveSettings(head_size=24)
+
+
+def make_batch(*, num_groups: int = 4, group_size: int = 4, seed: int = 0, longest_response: int = 14) -> RolloutBatch:
+    """A ragged batch: some responses of one token, a group that is all right, the others mixed."""
+    random = np.random.default_rng(seed)
+    num_rows = num_groups * group_size
+    prompt_lengths = np.repeat(random.integers(1, 7, num_groups), group_size)
+    response_lengths = random.integers(2, longest_response, num_rows)
+    response_lengths[:: group_size + 1] = 1
+    cu_seqlens = np.concatenate([[0], np.cumsum(prompt_lengths + response_lengths)]).astype(np.int64)
+    is_correct = np.arange(num_rows) % group_size < group_size // 2 + 1
+    is_correct[:group_size] = True
+    return RolloutBatch(
+        input_ids=random.integers(0, VOCAB_SIZE, cu_seqlens[-1]).astype(np.int32),
+        cu_seqlens=cu_seqlens,
+        prompt_lengths=prompt_lengths.astype(np.int64),
+        sampled_logprobs=np.zeros(cu_seqlens[-1], dtype=np.float32),
+        group_id=np.repeat(np.arange(num_groups), group_size),
+        row_key=random.permutation(num_rows).astype(np.int64),
+        is_correct=is_correct,
+        outcome=is_correct.astype(np.float32),
+        truncated=np.zeros(num_rows, dtype=bool),
+    )
+
+
+def make_advantages(batch: RolloutBatch, *, seed: int = 0) -> np.ndarray:
+    """float32 [S], both signs."""
+    return np.random.default_rng(seed).normal(size=batch.num_sequences).astype(np.float32)
+
+
+def make_worker(
+    folder: Path,
+    layout: ParallelLayout,
+    *,
+    sequence_parallel: bool = True,
+    dtype: str = "float32",
+    micro_batch_tokens: int = 64,
+    recompute: str = "none",
+    temperature: float = 0.8,
+    algorithm: AlgorithmSettings = ALGORITHM,
+    contrastive: ContrastiveSettings | None = CONTRASTIVE,
+    optimizer: OptimizerSettings = OPTIMIZER,
+) -> PolicyWorker:
+    """This rank's worker on the CPU."""
+    return PolicyWorker(
+        model_path=folder,
+        layout=layout,
+        rank=dist.get_rank(),
+        dtype=dtype,
+        device="cpu",
+        sequence_parallel=sequence_parallel,
+        micro_batch_tokens=micro_batch_tokens,
+        recompute=recompute,
+        temperature=temperature,
+        algorithm=algorithm,
+        contrastive=contrastive,
+        optimizer=optimizer,
+        seed=3,
+    )
+
+
+def share_scores(scores: Scores | None, layout: ParallelLayout) -> Scores:
+    """The scores of the rank that reports, on every rank: what the driver does in a run."""
+    box = [scores]
+    dist.broadcast_object_list(box, src=layout.rank(tp=0, dp=0, pp=layout.pp - 1))
+    assert box[0] is not None
+    return box[0]
+
+
+def scored(batch: RolloutBatch, scores: Scores, *, noise: float = 0.3) -> RolloutBatch:
+    """The batch ready to train on. Old log-probs are moved by `noise`, so that some tokens are clipped and some are not."""
+    moved = np.random.default_rng(1).normal(size=len(batch.input_ids)).astype(np.float32)
+    return batch.with_(
+        old_logprobs=scores.old_logprobs + noise * moved * batch.response_mask,
+        reference_logprobs=scores.reference_logprobs,
+        advantages=make_advantages(batch),
+    )
+
+
+def full_gradients(worker: PolicyWorker) -> dict[str, Tensor]:
+    """This stage's gradients of the last update, clipped, under Hugging Face names. Collective over all ranks."""
+    groups, layout = worker._groups, worker._layout
+    for buffer in worker._model.buffers:
+        for bucket in buffer.buckets:  # reduce-scattered: each dp rank holds the sums of its own part
+            own = bucket.grad_data.chunk(layout.dp)[groups.dp.rank()].clone()
+            bucket.grad_data.copy_(torch.cat(gather_shards(own, groups.dp)))
+    gradients: dict[str, Tensor] = {}
+    names = global_names(worker._gpt, worker._architecture, layout, rank=worker._rank)
+    for local_name, parameter in worker._gpt.named_parameters():
+        name = names[local_name]
+        is_split = split_dim(name, worker._architecture) is not None
+        shards = gather_shards(parameter.main_grad, groups.tp) if is_split else [parameter.main_grad] * layout.tp
+        gradients |= dict(hf_tensors_of(name, shards, worker._architecture))
+    return {name: gradient.clone() for name, gradient in gradients.items()}
+
+
+def weights_of(worker: PolicyWorker) -> dict[str, Tensor]:
+    """This stage's weights, copied."""
+    return {name: tensor.clone() for name, tensor in worker.hf_tensors()}
+
+
+def head_weights(worker: PolicyWorker) -> dict[str, Tensor]:
+    """The head's weights, copied; empty before the last stage."""
+    return {} if worker._head is None else {name: p.detach().clone() for name, p in worker._head.module.named_parameters()}
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted|, Euclidean norms."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))

@@ -1,0 +1,175 @@
+"""Laws of reading a model's shape: published models, both styles of config.json, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from support.tiny_models import make_tiny_hf
+
+from clipo_megatron.errors import ConfigError
+from clipo_megatron.weights.architecture import Llama3RopeScaling, read_architecture
+from clipo_megatron.weights.names import hf_tensor_specs
+
+QWEN2P5_3B: dict[str, object] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-06,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 151643,
+}
+QWEN3_8B = QWEN2P5_3B | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+    "rope_scaling": None,
+    "max_position_embeddings": 40960,
+    "sliding_window": None,
+}
+LLAMA3P1_8B = QWEN3_8B | {
+    "architectures": ["LlamaForCausalLM"],
+    "mlp_bias": False,
+    "head_dim": None,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+
+
+def _write(folder: Path, config: dict[str, object]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [(QWEN2P5_3B, 3_085_938_688), (QWEN3_8B, 8_190_735_360), (LLAMA3P1_8B, 8_030_261_248)],
+    ids=["Qwen2.5-3B", "Qwen3-8B", "Llama-3.1-8B"],
+)
+def test_the_number_of_parameters_is_the_published_one(
+    tmp_path: Path, config: dict[str, object], published: int
+) -> None:
+    specs = hf_tensor_specs(read_architecture(_write(tmp_path, config)))
+    assert sum(math.prod(shape) for shape in specs.values()) == published
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_the_architecture_is_what_transformers_reads(tmp_path: Path, family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_hf(tmp_path / family, family, num_kv_heads=1, tied=family == "qwen3", rope_base=5e5)
+    arch, model = read_architecture(folder), AutoModelForCausalLM.from_pretrained(folder)
+    config, attention = model.config, model.model.layers[0].self_attn
+    assert arch.family == config.model_type
+    assert arch.head_dim == attention.head_dim
+    assert arch.qkv_bias is (attention.q_proj.bias is not None)
+    assert arch.qk_norm is hasattr(attention, "q_norm")
+    assert arch.tied is config.tie_word_embeddings
+    assert arch.num_heads // arch.num_kv_heads == attention.num_key_value_groups
+    assert arch.rope_base == config.rope_parameters["rope_theta"] == 5e5
+    assert arch.rope_scaling is None
+    assert (arch.rms_eps, arch.max_positions) == (config.rms_norm_eps, config.max_position_embeddings)
+    assert (arch.num_layers, arch.ffn_size) == (config.num_hidden_layers, config.intermediate_size)
+    assert (arch.eos_ids, arch.dtype) == ((config.eos_token_id,), "float32")
+
+
+def test_old_and_new_style_of_rope_and_dtype_keys_mean_the_same(tmp_path: Path) -> None:
+    folder = make_tiny_hf(tmp_path, "llama", llama3_rope=True)
+    new = read_architecture(folder)
+    assert new.rope_scaling == Llama3RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64
+    )
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["torch_dtype"] = config.pop("dtype")
+    del config["head_dim"]
+    assert read_architecture(_write(folder, config | {"rope_scaling": rope})) == new
+    rope["type"] = rope.pop("rope_type")
+    assert read_architecture(_write(folder, config | {"rope_scaling": rope})) == new
+
+
+def test_end_tokens_are_those_of_the_generation_config_where_it_has_any(tmp_path: Path) -> None:
+    _write(tmp_path, QWEN2P5_3B)
+    generation = tmp_path / "generation_config.json"
+    assert read_architecture(tmp_path).eos_ids == (151643,)
+    generation.write_text('{"do_sample": true}')
+    assert read_architecture(tmp_path).eos_ids == (151643,)
+    generation.write_text('{"eos_token_id": [151645, 151643]}')
+    assert read_architecture(tmp_path).eos_ids == (151645, 151643)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "architectures = .*Mixtral.*must be one of LlamaForCausalLM"),
+        ({"architectures": None}, "architectures"),
+        ({"use_sliding_window": True}, "use_sliding_window = true: only false"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"attention_bias": True}, "attention_bias = true: only false"),
+        ({"hidden_act": "gelu"}, 'hidden_act = "gelu": only "silu"'),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 'rope_scaling: type = "yarn": only default and llama3'),
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "linear"}}, 'rope_type = "linear"'),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, "rope_theta = 1000000.0: differs from"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_theta": None}, "rope_theta = null: must be a number > 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3: must divide num_attention_heads = 16"),
+        ({"num_attention_heads": 15, "num_key_value_heads": 3}, "head_dim is missing: hidden_size = 2048"),
+        ({"hidden_size": "2048"}, 'hidden_size = "2048": must be a whole number'),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype"),
+        ({"eos_token_id": "<eos>"}, "eos_token_id"),
+    ],
+)
+def test_a_model_that_can_not_be_built_is_refused_by_its_key(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_architecture(_write(tmp_path, QWEN2P5_3B | change))
+    assert all(str(tmp_path) in problem for problem in caught.value.problems)
+
+
+def test_all_faults_of_a_config_are_reported_together(tmp_path: Path) -> None:
+    config = {key: value for key, value in QWEN2P5_3B.items() if key not in ("rms_norm_eps", "intermediate_size")}
+    with pytest.raises(ConfigError) as caught:
+        read_architecture(_write(tmp_path, config | {"use_sliding_window": True}))
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '"config"'])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_architecture(tmp_path)
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        read_architecture(tmp_path)
