@@ -75,7 +75,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, object]:
     )
     with Verifiers(args.workers, args.timeout, 2000) as verifiers:
         engine = RolloutEngine(
-            model_path=args.model,
+            model_path=str(args.model),
             dtype=args.dtype,
             device=device,
             tp=args.tp,

@@ -76,6 +76,7 @@ def _train(recipe: Recipe) -> int:
         f"{recipe.layout.world_size} policy ranks (tp={recipe.layout.tp} pp={recipe.layout.pp} dp={recipe.dp}), "
         f"{recipe.rollout.engines} engines on {device}",
         highlight=False,
+        soft_wrap=True,
     )
     with (
         Verifiers(recipe.rewards.workers, recipe.rewards.timeout_s, recipe.rewards.max_answer_chars) as verifiers,
@@ -85,7 +86,7 @@ def _train(recipe: Recipe) -> int:
         verifiers.self_test()
         started = time.perf_counter()
         policy, engines = place(recipe, device=device, log_folder=folder / "logs")
-        console.print(f"workers up after {time.perf_counter() - started:.0f} s, logs in {folder / 'logs'}")
+        console.print(f"workers up after {time.perf_counter() - started:.0f} s, logs in {folder / 'logs'}", soft_wrap=True)
         with _progress(console, recipe.run.steps) as on_row:
             outcome = TrainingLoop(
                 recipe,
@@ -98,9 +99,9 @@ def _train(recipe: Recipe) -> int:
                 should_stop=should_stop,
             ).run()
     if outcome.stopped:
-        console.print(f"stopped after step {outcome.progress.step}; the same command goes on from {outcome.checkpoint}")
+        console.print(f"stopped after step {outcome.progress.step}; the same command goes on from {outcome.checkpoint}", soft_wrap=True)
     else:
-        console.print(f"done: metrics {folder / 'metrics.jsonl'}, Hugging Face checkpoint {outcome.exported}")
+        console.print(f"done: metrics {folder / 'metrics.jsonl'}, Hugging Face checkpoint {outcome.exported}", soft_wrap=True)
     return 0
 
 

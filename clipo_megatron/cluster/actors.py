@@ -139,7 +139,7 @@ class EngineActor(LoggedWorker):
 
         settings = self._settings
         self._engine = RolloutEngine(
-            model_path=settings.model_path,
+            model_path=str(settings.model_path),
             dtype=settings.dtype,
             device=settings.device,
             tp=settings.tp,

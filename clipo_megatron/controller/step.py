@@ -111,8 +111,8 @@ class Step:
         if not section.enabled:
             return np.zeros(batch.num_sequences, dtype=np.float32)
         return contrastive_reward(
-            torch.from_numpy(scores.contrastive_loss),
-            torch.from_numpy(batch.is_correct),
+            torch.tensor(scores.contrastive_loss),
+            torch.tensor(batch.is_correct),
             weight=section.reward_weight,
             floor=section.reward_floor,
             constant=section.constant_reward,
@@ -121,8 +121,8 @@ class Step:
     def advantages(self, batch: RolloutBatch, contrastive: Floats) -> Floats:
         """float32 [S]: group-relative advantage of outcome plus contrastive reward."""
         return group_advantages(
-            torch.from_numpy(batch.outcome + contrastive),
-            torch.from_numpy(batch.group_id),
+            torch.tensor(batch.outcome + contrastive),
+            torch.tensor(batch.group_id),
             use_std=self._recipe.algorithm.advantage == "group",
         ).numpy()
 

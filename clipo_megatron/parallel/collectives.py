@@ -35,7 +35,9 @@ def reduce_max(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 def reduce_gradients(parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup) -> None:
     """Sum the gradients of replicated parameters over the group, all of them in one message.
 
-    Collectives: one all_reduce(SUM) of float32 [all gradients] on `group`. A parameter without a gradient counts as zero.
+    A parameter without a gradient counts as zero.
+
+    Collectives: one all_reduce(SUM) of float32 [all gradients] on `group`.
     """
     replicated = list(parameters)
     for parameter in replicated:
@@ -66,9 +68,9 @@ def gather_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 def gather_rows(rows_bD: Tensor, row_b: Tensor, *, num_rows: int, group: dist.ProcessGroup) -> Tensor:
     """Put each rank's rows at their places in the whole batch, on every rank, with gradients.
 
-    Every rank of the group must go on to compute the same scalar from the result: then the gradient of this rank's rows
-    is already complete, and the backward pass communicates nothing. Parameters behind `rows_bD` get this rank's share of
-    their gradient, which the caller sums over the group (`reduce_gradients`).
+    Every rank of the group must go on to compute the same scalar from the result: then the gradient of this rank's
+    rows is already complete, and the backward pass communicates nothing. Parameters behind `rows_bD` get this rank's
+    share of their gradient, which the caller sums over the group (`reduce_gradients`).
 
     Collectives: one all_reduce(SUM) of `rows_bD`'s dtype [B, D] on `group`, in the forward pass.
 

@@ -20,11 +20,11 @@ def vocab_parallel_logprob(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label, and entropy, under softmax(logits / temperature) over the whole vocabulary.
 
-    log p = x_label - logsumexp(x) and H = logsumexp(x) - sum(p x) with x = logits / temperature, all in float32. Columns
-    of the padding (vocabulary rows >= vocab_size) have probability zero and get no gradient.
+    log p = x_label - logsumexp(x) and H = logsumexp(x) - sum(p x) with x = logits / temperature, all in float32.
+    Columns of the padding (vocabulary rows >= vocab_size) have probability zero and get no gradient.
 
-    Collectives: two all_reduces on `group` in the forward pass, MAX of float32 [T] and SUM of float32 [3, T]; none in the
-    backward pass, where each rank gets the gradient of its own columns. Every rank must call.
+    Collectives: two all_reduces on `group` in the forward pass, MAX of float32 [T] and SUM of float32 [3, T]; none in
+    the backward pass, where each rank gets the gradient of its own columns. Every rank must call.
 
     Args:
         logits_TV: this rank's columns [T, V], rank r holds vocabulary rows [r * V, (r + 1) * V).

@@ -16,8 +16,8 @@ from clipo_megatron.parallel.collectives import reduce_sum
 def pool_segments(h_TH: Tensor, segment_T: Tensor, *, num_segments: int, group: dist.ProcessGroup | None) -> Tensor:
     """Mean hidden state of each segment, summed in float32; tokens are never gathered.
 
-    Collectives: one all_reduce(SUM) of float32 [S, H + 1] on `group`, unless it is None. Every rank of it must call, also
-    one that holds no token of any segment. No gradient flows through the result.
+    Collectives: one all_reduce(SUM) of float32 [S, H + 1] on `group`, unless it is None. Every rank of it must call,
+    also one that holds no token of any segment. No gradient flows through the result.
 
     Args:
         h_TH: states of this rank's tokens [T, H].

@@ -35,7 +35,9 @@ class ContrastiveHead:
         self._settings = settings
         self._seed = seed
         self._dp_group = dp_group
-        self.module = build_head(settings.head, hidden_size=hidden_size, head_size=settings.head_size, seed=seed).to(device)
+        self.module = build_head(settings.head, hidden_size=hidden_size, head_size=settings.head_size, seed=seed).to(
+            device
+        )
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=settings.head_learning_rate, weight_decay=settings.head_weight_decay
         )

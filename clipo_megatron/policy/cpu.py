@@ -1,7 +1,7 @@
 """All that makes Megatron-core run without a GPU: a scope in which its CUDA calls mean the CPU.
 
-Megatron-core names the CUDA device in some sixty places (https://github.com/NVIDIA/Megatron-LM). Nothing is patched for
-good: outside the scope torch is untouched. The two modules that stand in for Transformer Engine's are in cpu_modules.py.
+Megatron-core names the CUDA device in some sixty places (https://github.com/NVIDIA/Megatron-LM). Nothing is patched
+for good: outside the scope torch is untouched. The modules that stand in for Transformer Engine's are in cpu_modules.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _FIRST, _BEYOND = Version("0.16.1"), Version("0.20")
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Factories asked for "cuda" make CPU tensors; `.cuda()` is the tensor itself; `.type()` says what optimizers expect."""
+    """Tensors asked for on "cuda" are made on the CPU; `.cuda()` gives the tensor itself; `.type()` names a CUDA type."""
 
-    def __torch_function__(  # noqa: D105  the method's name is torch's
+    def __torch_function__(
         self,
         func: Callable[..., Any],
         types: tuple[type, ...],
@@ -34,7 +34,7 @@ class _CudaMeansCpu(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         if func is torch.Tensor.cuda:
             return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # the optimizers compare with CUDA's names
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if kwargs and str(kwargs.get("device")).startswith("cuda"):
             kwargs = {**kwargs, "device": _CPU}

@@ -1,14 +1,19 @@
-"""What Transformer Engine supplies on a GPU, in plain torch: RMSNorm and packed attention, put in through layer specs."""
+"""What Transformer Engine supplies on a GPU, in plain torch: RMSNorm and packed attention, put in by layer specs."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 
@@ -28,7 +33,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention of packed sequences with grouped queries: unpacked to a right-padded batch, so no [T, T] mask."""
+    """Causal attention of packed sequences, grouped queries too: unpacked to a right-padded batch, so no [T, T] mask."""
 
     def __init__(
         self,
@@ -75,10 +80,13 @@ class PackedAttention(MegatronModule):
 def cpu_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Megatron's own local layers with the two modules above, for this pipeline stage."""
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer = spec.submodules
+    layer = cast("TransformerLayerSubmodules", spec.submodules)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
+    attention = cast("SelfAttentionSubmodules", cast("ModuleSpec", layer.self_attention).submodules)
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config),
+        layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]  a class is what Megatron's own block passes
+    )

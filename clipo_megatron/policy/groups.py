@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -20,8 +21,6 @@ class Groups:
     """Ranks that split this stage's tensors."""
     dp: dist.ProcessGroup
     """Ranks with the same tensors and other rows of the batch."""
-    pp: dist.ProcessGroup
-    """The stages behind one another."""
 
 
 def make_groups(layout: ParallelLayout, *, seed: int) -> Groups:
@@ -56,8 +55,7 @@ def make_groups(layout: ParallelLayout, *, seed: int) -> Groups:
     # Sequence parallelism forks this tracker in every forward pass, dropout or not.
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Groups(
-        world=dist.group.WORLD,  # pyright: ignore[reportArgumentType]
-        tp=parallel_state.get_tensor_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
+        world=cast("dist.ProcessGroup", dist.group.WORLD),
+        tp=cast("dist.ProcessGroup", parallel_state.get_tensor_model_parallel_group()),
+        dp=cast("dist.ProcessGroup", parallel_state.get_data_parallel_group()),
     )

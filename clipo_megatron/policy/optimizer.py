@@ -27,7 +27,10 @@ def wrap_model(model: GPTModel, config: TransformerConfig) -> DistributedDataPar
 
 
 def _finalize(
-    model: list[torch.nn.Module], _num_tokens: Tensor | None, pg_collection: object = None, force_all_reduce: bool = False
+    model: list[torch.nn.Module],
+    _num_tokens: Tensor | None,
+    pg_collection: object = None,
+    force_all_reduce: bool = False,
 ) -> None:
     # The loss already has its denominator, so Megatron's division by a token count is left out.
     finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)  # pyright: ignore

@@ -81,8 +81,8 @@ def run_backward(
     Args:
         model: this rank's stage.
         micro_batches: of this rank's data parallel share.
-        loss_of: takes a micro-batch and its logits [T, V / tp], gives (its share of the loss, numbers to report). Shares
-            are summed, never averaged.
+        loss_of: takes a micro-batch and its logits [T, V / tp], gives (its share of the loss, numbers to report).
+            Shares are summed, never averaged.
 
     Returns:
         The numbers of each micro-batch on the last stage; empty on other stages.

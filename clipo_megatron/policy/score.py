@@ -74,8 +74,8 @@ def score_batch(
 ) -> tuple[TokenScores, PooledStates | None]:
     """One forward over the batch.
 
-    Collectives: those of `run_forward`; on the last stage one all_reduce(SUM) of float32 [2, T] on `dp_group`, and one per
-    micro-batch when states are pooled under sequence parallelism.
+    Collectives: those of `run_forward`; on the last stage one all_reduce(SUM) of float32 [2, T] on `dp_group`, and one
+    per micro-batch when states are pooled under sequence parallelism.
 
     Returns:
         (token scores, pooled states): the latter None before the last stage and without `pooling`.

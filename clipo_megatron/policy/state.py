@@ -1,4 +1,4 @@
-"""This rank's training state on disk: safetensors and JSON, no pickle. Restored bit for bit, on the same layout only."""
+"""This rank's training state on disk: safetensors and JSON, no pickle. Restored bit for bit, on the same layout."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def optimizer_steps(optimizer: torch.optim.Optimizer) -> list[Plain]:
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor], steps: list[int | None]
 ) -> None:
-    """The inverse of `optimizer_tensors` and `optimizer_steps`; takes the tensors as they are, keys have been checked."""
+    """The inverse of `optimizer_tensors` and `optimizer_steps`, for tensors that `check_tensors` has passed."""
     for group_number, group in enumerate(optimizer.param_groups):
         if steps[group_number] is not None:
             group["step"] = steps[group_number]
@@ -48,7 +48,9 @@ def restore_optimizer(
             stored = {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
             parameter.data.copy_(stored.pop("parameter"))
             # A step count stays on the host: torch's AdamW reads it there.
-            state = {key: value.to(value.device if key == "step" else parameter.device) for key, value in stored.items()}
+            state = {
+                key: value.to(value.device if key == "step" else parameter.device) for key, value in stored.items()
+            }
             if state:
                 optimizer.state[parameter] = state
 

@@ -21,12 +21,12 @@ from clipo_megatron.policy.micro_batch import MicroBatch
 from clipo_megatron.policy.optimizer import PolicyOptimizer
 from clipo_megatron.policy.schedule import run_backward
 from clipo_megatron.policy.settings import AlgorithmSettings
-from clipo_megatron.records import RolloutBatch
+from clipo_megatron.records import RolloutBatch, TrainReport
 
 LogProb = Callable[[MicroBatch, Tensor], Tensor]
 """Logits [T, V / tp] of a micro-batch to the log-prob of its response tokens, float32 [R] with graph."""
 
-_SUMS = ("policy_loss", "kl", "clip_share", "ratio_mean")
+_SUMS = ("loss", "kl", "clip_share", "ratio_mean")
 
 
 def update_shares(group_id: NDArray[np.int64], *, updates: int, least_rows: int) -> list[NDArray[np.int64]]:
@@ -64,9 +64,7 @@ class PolicyLoss:
         )
         self._num_response_tokens = int(batch.response_lengths.sum())
         # Of the whole step, not of this rank: packing and layout do not change the loss.
-        self._denominator = (
-            self._num_response_tokens if settings.aggregation == "token_mean" else batch.num_sequences
-        )
+        self._denominator = self._num_response_tokens if settings.aggregation == "token_mean" else batch.num_sequences
 
     def __call__(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(share of the loss, its numbers: float32 [loss, each of `_SUMS`, ratio_max])."""
@@ -127,6 +125,16 @@ def update(
     metrics["learning_rate"] = optimizer.learning_rate()
     updated, metrics["grad_norm"] = optimizer.step(loss_is_finite=is_finite)
     return updated, metrics
+
+
+def summarize(updates: Sequence[tuple[bool, dict[str, float]]]) -> TrainReport:
+    """The step's report out of its updates: means over those taken, the largest ratio, the last learning rate."""
+    taken = [metrics for updated, metrics in updates if updated]
+    metrics = {name: float(np.mean([one[name] for one in taken])) for name in taken[0]} if taken else {}
+    if taken:
+        metrics["ratio_max"] = max(one["ratio_max"] for one in taken)
+    metrics["learning_rate"] = updates[-1][1]["learning_rate"]
+    return TrainReport(metrics=metrics, updates=len(taken), skipped=len(updates) - len(taken))
 
 
 def _column(column: NDArray[np.float32] | None, name: str) -> NDArray[np.float32]:

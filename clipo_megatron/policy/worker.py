@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from clipo_megatron.policy.optimizer import PolicyOptimizer, wrap_model
 from clipo_megatron.policy.schedule import FinalStates
 from clipo_megatron.policy.score import PooledStates, Pooling, TokenScores, score_batch
 from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings
-from clipo_megatron.policy.train import PolicyLoss, update, update_shares
+from clipo_megatron.policy.train import PolicyLoss, summarize, update, update_shares
 from clipo_megatron.policy.weight_io import load_hf_weights, mark_split_parameters, stage_hf_tensors
 from clipo_megatron.records import RolloutBatch, Scores, TrainReport
 from clipo_megatron.weights.architecture import read_architecture
@@ -36,6 +36,7 @@ from clipo_megatron.weights.architecture import read_architecture
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
+_LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -130,14 +131,12 @@ class PolicyWorker:
         self._reference: list[Tensor] | None = None
         if algorithm.kl_coefficient > 0:
             # The parameters still hold the model folder's weights, on every start: a resumed run loads its state later.
-            self._reference = [parameter.detach().cpu().clone() for parameter in self._gpt.parameters()]
+            self._reference = self._host_copy()
         self._head: ContrastiveHead | None = None
         self._pooling: Pooling | None = None
         self._contrastive = contrastive
         if contrastive is not None:
-            self._pooling = Pooling(
-                self._states, pool=contrastive.pool, sp_group=self._groups.tp if is_split else None
-            )
+            self._pooling = Pooling(self._states, pool=contrastive.pool, sp_group=self._groups.tp if is_split else None)
             if layout.is_last_stage(rank):
                 self._head = ContrastiveHead(
                     contrastive,
@@ -200,31 +199,27 @@ class PolicyWorker:
             step: number of the training step, for messages.
 
         Returns:
-            Means over the step's updates on the rank that reports, None on the others.
+            On the rank that reports, means over the updates taken; None on the others.
 
         Raises:
             CheckError: the batch lacks a column that the loss needs.
         """
         self._states.drop()
-        shares = update_shares(
-            batch.group_id, updates=self._algorithm.updates_per_step, least_rows=self._layout.dp
-        )
-        reports: list[dict[str, float]] = []
-        skipped = 0
+        shares = update_shares(batch.group_id, updates=self._algorithm.updates_per_step, least_rows=self._layout.dp)
+        updates: list[tuple[bool, dict[str, float]]] = []
         for rows in shares:
             share = batch.select(rows)
             loss = PolicyLoss(share, self._algorithm, self._logprob)
-            updated, metrics = update(
-                self._model, self._optimizer, self._plan(share), loss, dp_group=self._groups.dp
-            )
-            skipped += not updated
-            reports.append(metrics)
+            updates.append(update(self._model, self._optimizer, self._plan(share), loss, dp_group=self._groups.dp))
             self._states.drop()
         if not self.reports:
             return None
-        means = {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
-        means["ratio_max"] = max(report["ratio_max"] for report in reports)
-        return TrainReport(metrics=means, updates=len(shares) - skipped, skipped=skipped)
+        report = summarize(updates)
+        if report.skipped:
+            _LOG.warning(
+                "step %d: %d of %d updates skipped: loss or gradient not finite", step, report.skipped, len(updates)
+            )
+        return report
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """This stage's weights as full Hugging Face tensors, one after the other; tied embeddings from one stage only.
@@ -234,9 +229,7 @@ class PolicyWorker:
         Yields:
             (name, tensor) on the policy's device and in its dtype, the same on all tp and dp ranks.
         """
-        return stage_hf_tensors(
-            self._gpt, self._architecture, self._layout, rank=self._rank, group=self._groups.tp
-        )
+        return stage_hf_tensors(self._gpt, self._architecture, self._layout, rank=self._rank, group=self._groups.tp)
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of the training state into `folder`, which exists.
@@ -317,12 +310,15 @@ class PolicyWorker:
                 "score(with_reference=True) on a policy with kl_coefficient = 0: it keeps no reference weights; score "
                 "without the reference or set a KL coefficient"
             )
-        own = [parameter.detach().clone() for parameter in self._gpt.parameters()]
+        own = self._host_copy()
         self._set_parameters(self._reference)
         try:
             return self._forward(batch, micro_batches, pooling=None)[0].logprob_T
         finally:
             self._set_parameters(own)
+
+    def _host_copy(self) -> list[Tensor]:
+        return [parameter.detach().to("cpu", copy=True) for parameter in self._gpt.parameters()]
 
     @torch.no_grad()
     def _set_parameters(self, values: Sequence[Tensor]) -> None:

@@ -62,6 +62,7 @@ _NOT_IN_FINGERPRINT: tuple[tuple[str, str], ...] = (
     ("checkpoint", ""),
     ("evaluation", ""),
     ("sync", ""),
+    ("data", "evaluation"),
     ("run", "name"),
     ("run", "folder"),
     ("run", "steps"),

@@ -12,7 +12,7 @@ _TEXT = re.compile(_TEXT_COMMAND + r"\s*\{([^{}]*)\}")
 _TEXT_UNIT = re.compile(r"(?<=\S)\s*" + _TEXT_COMMAND + r"\s*\{([^{}]*)\}\s*(\^\s*\{?\s*[23]\s*\}?)?$")
 _WORD_UNIT = re.compile(r"(?<=[\d}])\s*([A-Za-z]{2,}\.?(?:\s+[A-Za-z]{2,}\.?)*)\s*(\^\s*\{?\s*[23]\s*\}?)?$")
 _JOINING_TEXT = re.compile(_TEXT_COMMAND + r"\s*\{\s*,?\s*(?:and|or)\s*\}")
-_DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![A-Za-z])|\u00b0)\s*$")
+_DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![A-Za-z])|\u00b0)")
 _ANGLE_FUNCTION = re.compile(r"\\(?:a?(?:rc)?(?:sin|cos|tan|cot|sec|csc))")
 _SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])")
 _PHANTOM = re.compile(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|\S)")
@@ -37,9 +37,9 @@ _NO_UNIT = frozenset(
     re.findall(
         r"\w+",
         "hundred thousand million billion trillion dozen half halves third thirds quarter quarters fourth fourths "
-        "fifth fifths sixth sixths eighth eighths tenth tenths hundredth hundredths thousandth thousandths squared cubed "
-        "mod modulo base factorial times plus minus over divided power root not and or if pi sqrt sin cos tan cot sec "
-        "csc log ln exp sinh cosh tanh arcsin arccos arctan inf infty infinity theta alpha beta gamma delta",
+        "fifth fifths sixth sixths eighth eighths tenth tenths hundredth hundredths thousandth thousandths squared "
+        "cubed mod modulo base factorial times plus minus over divided power root not and or if pi sqrt sin cos tan "
+        "cot sec csc log ln exp sinh cosh tanh arcsin arccos arctan inf infty infinity theta alpha beta gamma delta",
     )
 )
 _SHORT_UNITS = frozenset(
@@ -129,9 +129,9 @@ def _bare(answer: str) -> str:
 
 def _cut_unit(body: str) -> tuple[str, str]:
     body = body.rstrip(".,; ")
-    if match := _DEGREES.search(body):
+    if _DEGREES.search(body):
         # sin 30 degrees is not sin 30: there the sign belongs to the expression.
-        return (body, "") if _ANGLE_FUNCTION.search(body) else (body[: match.start()], "deg")
+        return (body, "") if _ANGLE_FUNCTION.search(body) else (_DEGREES.sub("", body), "deg")
     if body.endswith("%"):
         return body[:-1].rstrip(), "%"
     match = _TEXT_UNIT.search(body)

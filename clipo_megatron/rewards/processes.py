@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Future, TimeoutError
+from concurrent.futures import BrokenExecutor, CancelledError, TimeoutError
 
 from pebble import ProcessPool
 
@@ -24,7 +24,7 @@ WORKER_MEMORY_BYTES = 2 << 30
 _TASKS_PER_PROCESS = 200
 _START_SECONDS = 120.0
 _KILL_SECONDS = 10.0
-_MAX_RESTARTS = 3
+_MAX_FRUITLESS = 3
 
 
 class WorkerPool:
@@ -54,17 +54,22 @@ class WorkerPool:
         """
         results: list[list[Verdict] | None] = [None] * len(chunks)
         waiting = list(range(len(chunks)))
-        for _ in range(_MAX_RESTARTS + 1):
-            waiting = self._attempt(chunks, waiting, results, timeout_s)
-            if not waiting:
-                return results
-            logger.warning("verifier pool broke with %d chunks waiting; starting a new one", len(waiting))
+        fruitless = 0
+        while waiting:
+            left = self._attempt(chunks, waiting, results, timeout_s)
+            if not left:
+                break
+            fruitless = fruitless + 1 if len(left) == len(waiting) else 0
+            waiting = left
+            if fruitless > _MAX_FRUITLESS:
+                raise WorkerError(
+                    f"rewards: the verifier processes broke {fruitless} times in a row, {len(left)} chunks waiting; "
+                    "check that `import math_verify` works here and that memory is not exhausted"
+                )
+            logger.warning("verifier pool broke with %d chunks waiting; starting a new one", len(left))
             self.close()
             self._pool = self._start()
-        raise WorkerError(
-            f"rewards: the verifier processes broke {_MAX_RESTARTS + 1} times, {len(waiting)} chunks are waiting; "
-            "check that `import math_verify` works here and that memory is not exhausted"
-        )
+        return results
 
     def _attempt(
         self,
@@ -105,6 +110,5 @@ class WorkerPool:
             # Not fork: the parent may have threads, CUDA and megabytes that a worker must not inherit.
             context=multiprocessing.get_context("spawn"),
         )
-        started: Future[None] = pool.schedule(warm_up)
-        started.add_done_callback(lambda _: None)
+        pool.schedule(warm_up)
         return pool

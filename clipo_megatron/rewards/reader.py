@@ -36,7 +36,9 @@ _RELATIONS = {
 }
 _BASED = re.compile(r"(-?[0-9A-F]+)_(?:\{(\d+)\}|(\d+))")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}|[A-Za-z] [A-Za-z]")
+_ENVIRONMENT_OR_COMMAND = re.compile(r"\\(?:begin|end)\{[a-z]+\}(?:\{[lcr|]*\})?|\\[A-Za-z]+")
 _MATRICES = ("pmatrix", "bmatrix")
+_BARE_MATRICES = ("matrix", "array")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +60,7 @@ def read(answer: Canonical) -> Reading | None:
 def _value(body: str) -> Value:
     if match := _BASED.fullmatch(body):
         return Based(digits=match[1], base=match[2] or match[3])
-    if _WORD.search(re.sub(r"\\(?:begin|end)\{[a-z]+\}|\\[A-Za-z]+", "", body)):
+    if _WORD.search(_ENVIRONMENT_OR_COMMAND.sub("", body)):
         raise Unreadable(body)  # a word, not a product of letters
     tokens = [
         token
@@ -93,7 +95,7 @@ def _item(tokens: Sequence[str]) -> Value:
         return _set_or_relation(tokens)
     if _is_enclosed(tokens) and (tokens[0] == "\\{" or len(_split(tokens[1:-1], frozenset([",", ";"]))[0]) > 1):
         return _group(tokens)
-    if len(tokens) > 8 and list(tokens[:2]) == ["\\begin", "{"]:
+    if list(tokens[:2]) == ["\\begin", "{"] or (_is_enclosed(tokens) and list(tokens[1:3]) == ["\\begin", "{"]):
         return _matrix(tokens)
     if tokens.count("\\pm") == 1:
         both = [[sign if token == "\\pm" else token for token in tokens] for sign in "+-"]
@@ -125,24 +127,23 @@ def _is_enclosed(tokens: Sequence[str]) -> bool:
 
 
 def _matrix(tokens: Sequence[str]) -> Matrix:
-    closing = _closing_begin(tokens)
-    name = "".join(tokens[2:closing])
-    tail = ["\\end", "{", *tokens[2:closing], "}"]
-    if name not in _MATRICES or list(tokens[-len(tail) :]) != tail:
+    r"""`\begin{pmatrix}...`, or a bare `matrix` or `array` inside brackets."""
+    is_bracketed = tokens[0] in ("(", "[")
+    if is_bracketed:
+        tokens = tokens[1:-1]
+    name_end = tokens.index("}")
+    name = "".join(tokens[2:name_end])
+    tail = ["\\end", *tokens[1 : name_end + 1]]
+    if name not in (_BARE_MATRICES if is_bracketed else _MATRICES) or list(tokens[-len(tail) :]) != tail:
         raise Unreadable(tokens)
-    inner = tokens[closing + 1 : -len(tail)]
+    inner = tokens[name_end + 1 : -len(tail)]
+    if name == "array":
+        inner = inner[inner.index("}") + 1 :]  # after the alignment of the columns
     rows = [row for row in _split(inner, frozenset(["\\\\"]))[0] if row]
     cells = tuple(tuple(_scalar(cell) for cell in _split(row, frozenset(["&"]))[0]) for row in rows)
     if len({len(row) for row in cells}) != 1:
         raise Unreadable(tokens)
     return Matrix(rows=cells)
-
-
-def _closing_begin(tokens: Sequence[str]) -> int:
-    for number, token in enumerate(tokens):
-        if token == "}":
-            return number
-    raise Unreadable(tokens)
 
 
 def _scalar(tokens: Sequence[str]) -> Scalar:

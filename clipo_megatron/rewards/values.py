@@ -126,10 +126,18 @@ def _same(gold: Value, answer: Value, factors: Scale) -> bool | None:
         case Based(), Based():
             return gold == answer
         case (Based(), Scalar()) | (Scalar(), Based()):
-            return False
+            return _same_digits(gold, answer)
         case (Scalar(), Group()) | (Group(), Scalar()):
             return _same_single(gold, answer)
     return None
+
+
+def _same_digits(gold: Value, answer: Value) -> bool | None:
+    """`66_8` against `66`: perhaps the base was only left out. Against any other number: different."""
+    based, scalar = (gold, answer) if isinstance(gold, Based) else (answer, gold)
+    if not isinstance(based, Based) or not isinstance(scalar, Scalar) or not based.digits.lstrip("-").isdigit():
+        return None
+    return None if not scalar.names and _is_close(scalar.at({}), mpf(based.digits)) else False
 
 
 def _same_single(gold: Value, answer: Value) -> bool | None:
@@ -191,6 +199,8 @@ def _same_relations(gold: Relation, answer: Relation) -> bool | None:
 def _same_single_relations(gold: Relation, answer: Relation) -> bool | None:
     """Equal when left minus right is proportional, with the sign that the operators ask for."""
     operator = answer.operators[0]
+    if not any(side.names for side in (*gold.sides, *answer.sides)):
+        return gold.operators == answer.operators and _same_ordered(gold.sides, answer.sides)
     signs = {operator: 1, _FLIPPED[operator]: -1}
     names = gold.sides[0].names | gold.sides[1].names | answer.sides[0].names | answer.sides[1].names
     ratios = []

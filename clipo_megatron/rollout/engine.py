@@ -71,7 +71,7 @@ class RolloutEngine:
         _check_environment(device, tp)
         self._model_path = model_path
         self._tokenizer = load_tokenizer(model_path)
-        self._stop_ids = stop_token_ids(model_path, self._tokenizer.eos_token_id)
+        self._stop_ids = stop_token_ids(model_path, self._tokenizer.eos_token_id)  # pyright: ignore
         self._max_model_len = max_model_len
         self._state = SyncState()
 
@@ -286,14 +286,13 @@ class RolloutEngine:
             )
         if completion.finish_reason not in set(Finish):
             raise EngineError(f"engine: a response ended for the unknown reason {completion.finish_reason!r}")
-        has_version = version is not None and len(ids) > 0
-        spans = (VersionSpan(version=version, start=0, end=len(ids)),) if has_version else ()
+        spans = () if version is None else (VersionSpan(version=version, start=0, end=len(ids)),)
         return Rollout(
             response_ids=ids,
             sampled_logprobs=logprobs,
             finish=Finish(completion.finish_reason),
             policy_versions=spans,
-            text=self._tokenizer.decode(ids, skip_special_tokens=True),
+            text=str(self._tokenizer.decode(ids, skip_special_tokens=True)),
         )
 
 

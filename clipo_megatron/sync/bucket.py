@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clipo_megatron.errors import CheckError
@@ -68,7 +69,7 @@ def unpack(bucket: WeightBucket) -> list[tuple[str, Tensor]]:
         CheckError: the payload does not have the bucket's checksum, or a tensor's description does not fit the payload.
     """
     where = f"bucket {bucket.index} of version {bucket.version}"
-    checksum = zlib.crc32(bucket.payload)
+    checksum = zlib.crc32(bucket.payload.data)
     if checksum != bucket.checksum:
         raise CheckError(
             f"{where}: CRC-32 of the payload is {checksum:#010x}, expected {bucket.checksum:#010x}: "
@@ -81,8 +82,10 @@ def unpack(bucket: WeightBucket) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _bucket(version: int, index: int, specs: list[TensorSpec], payload: np.ndarray) -> WeightBucket:
-    return WeightBucket(version=version, index=index, specs=tuple(specs), payload=payload, checksum=zlib.crc32(payload))
+def _bucket(version: int, index: int, specs: list[TensorSpec], payload: NDArray[np.uint8]) -> WeightBucket:
+    return WeightBucket(
+        version=version, index=index, specs=tuple(specs), payload=payload, checksum=zlib.crc32(payload.data)
+    )
 
 
 def _spec(name: str, tensor: Tensor, *, offset: int) -> TensorSpec:
@@ -113,11 +116,12 @@ def _check_spec(spec: TensorSpec, payload_bytes: int, where: str) -> None:
         )
 
 
-def _bytes_of(payload: np.ndarray, spec: TensorSpec) -> Tensor:
+def _bytes_of(payload: NDArray[np.uint8], spec: TensorSpec) -> Tensor:
     with warnings.catch_warnings():
         # A payload out of an object store or a shared mapping is read-only; torch warns although nobody writes.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(payload[spec.offset : spec.offset + spec.num_bytes])
+        span = payload[spec.offset : spec.offset + spec.num_bytes]
+        return torch.from_numpy(span)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _aligned(offset: int) -> int:

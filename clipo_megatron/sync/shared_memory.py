@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 
 @contextmanager
-def published(payload: NDArray[np.uint8]) -> Iterator[str]:
+def published(payload: NDArray[np.uint8]) -> Generator[str]:
     """A path under which other processes of the user can `attach` a copy of `payload` while the context is open.
 
     Args:
@@ -23,7 +23,7 @@ def published(payload: NDArray[np.uint8]) -> Iterator[str]:
     """
     descriptor = os.memfd_create("clipo-bucket")
     try:
-        view, written = memoryview(payload), 0
+        view, written = payload.data, 0
         while written < len(view):
             written += os.write(descriptor, view[written:])  # one call writes 2 GiB at most
         yield f"/proc/{os.getpid()}/fd/{descriptor}"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own abbreviation)
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -108,7 +108,7 @@ def write_parquet(path: Path, problems: Sequence[Problem], *, split: str) -> Non
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so any text can be encoded; `\\boxed{` and the chat marks are tokens of their own."""
+    """One token a byte, so any text can be encoded; the opening of a box and the chat marks are tokens of their own."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -279,12 +279,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     console = Console(width=110)
-    if (args.out / "prepared.json").is_file():
-        if json.loads((args.out / "prepared.json").read_text())["seed"] == args.seed:
-            console.print(f"{args.out} is there already")
-            return 0
+    note = args.out / "prepared.json"
+    if note.is_file() and json.loads(note.read_text())["seed"] == args.seed:
+        console.print(f"{args.out} is there already")
+        return 0
     accuracy = prepare(args.out, seed=args.seed, console=console)
-    console.print(f"warm-started policy in {args.out}: greedy accuracy {accuracy:.3f} on {NUM_HELD_OUT} held-out problems")
+    console.print(
+        f"warm-started policy in {args.out}: greedy accuracy {accuracy:.3f} on {NUM_HELD_OUT} held-out problems"
+    )
     if not BAND[0] <= accuracy <= BAND[1]:
         print(f"prepare: greedy accuracy {accuracy:.3f} is outside {BAND}; try another --seed", file=sys.stderr)
         return 1

@@ -22,6 +22,8 @@ def prepared(tmp_path_factory):
     module = importlib.util.module_from_spec(spec)
     sys.modules["prepare"] = module
     spec.loader.exec_module(module)
+    if os.environ.get("TMP_PREPARED"):
+        return Path(os.environ["TMP_PREPARED"])
     folder = tmp_path_factory.mktemp("quickstart") / "prepared"
     module.prepare(folder, seed=0, console=Console(stderr=True))
     return folder

@@ -58,7 +58,7 @@ def test_every_step_has_a_row_whose_phases_add_up(whole):
         phases = [value for key, value in row.items() if key.startswith("seconds/") and key != "seconds/step"]
         assert sum(phases) == pytest.approx(row["seconds/step"])
         assert row["mismatch/logprob_max"] < 1e-3
-        assert row["contrastive/anchors"] > 0
+        assert row["contrastive/num_anchors"] > 0
         assert row["policy/updates"] == 2
 
 

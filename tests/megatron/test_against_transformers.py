@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,9 @@ def _rows(batch: RolloutBatch) -> list[tuple[slice, int]]:
     return [(slice(offsets[s], offsets[s + 1]), int(batch.prompt_lengths[s])) for s in range(batch.num_sequences)]
 
 
-def _hf_forward(model: torch.nn.Module, ids: np.ndarray, prompt: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _hf_forward(
+    model: torch.nn.Module, ids: np.ndarray, prompt: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(log-probs of the response tokens, their entropies, last states of all tokens) of one sequence alone."""
     tokens = torch.from_numpy(ids.astype(np.int64))[None]
     output = model(tokens, output_hidden_states=True)
@@ -129,8 +132,6 @@ def test_the_head_learns_from_the_loss_that_is_reported(tmp_path):
 
 
 def _train(folder: Path, aggregation: str) -> tuple[Scores, dict[str, torch.Tensor], float]:
-    from dataclasses import replace
-
     algorithm = replace(ALGORITHM, updates_per_step=1, aggregation=aggregation, kl_coefficient=0.3)
     worker = make_worker(folder, ONE, temperature=TEMPERATURE, algorithm=algorithm, contrastive=None)
     batch = make_batch()
@@ -149,6 +150,7 @@ def test_gradient_equals_that_of_the_loss_written_out_in_transformers(name, aggr
     batch = scored(make_batch(), scores)
     reference = scores.reference_logprobs + 0.2 * np.cos(np.arange(len(batch.input_ids), dtype=np.float32))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.get_input_embeddings().padding_idx = None  # transformers drops the gradient of the padding token's row
     loss = torch.zeros(())
     for row, (tokens, prompt) in enumerate(_rows(batch)):
         logprob = _hf_forward(model, batch.input_ids[tokens], prompt)[0]
@@ -166,7 +168,7 @@ def test_gradient_equals_that_of_the_loss_written_out_in_transformers(name, aggr
         loss = loss + (per_token * weight).sum()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
-    assert grad_norm == pytest.approx(float(norm), rel=1e-4)
+    assert grad_norm == pytest.approx(float(norm), rel=1e-5)
     for parameter_name, parameter in model.named_parameters():
         error = relative_error(gradients[parameter_name], parameter.grad)
-        assert error < 1e-4, f"{parameter_name}: relative error {error:.2e}"
+        assert error < 2e-5, f"{parameter_name}: relative error {error:.2e}"

@@ -133,5 +133,5 @@ def _check_scores(found: Scores, want: Scores) -> None:
 def _check_report(found: TrainReport, want: TrainReport) -> None:
     assert (found.updates, found.skipped) == (2, 0)
     assert found.metrics == pytest.approx(want.metrics, rel=2e-5)
-    assert want.metrics["clip_share"] > 0.05, "the batch must reach the clipped branch"
+    assert 0.05 < want.metrics["clip_share"] < 0.95, "the batch must reach the clipped branch"
     assert want.metrics["kl"] > 0, "the second update must leave the reference"

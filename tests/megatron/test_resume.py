@@ -73,7 +73,9 @@ def _interrupted(model: Path, state: Path, layout: ParallelLayout, dtype: str) -
     ids=str,
 )
 def test_a_resumed_run_goes_on_bit_for_bit(folder, tmp_path, layout, dtype):
-    for uninterrupted, resumed in run_ranks(_interrupted, folder, tmp_path, layout, dtype, world_size=layout.world_size):
+    for uninterrupted, resumed in run_ranks(
+        _interrupted, folder, tmp_path, layout, dtype, world_size=layout.world_size
+    ):
         assert uninterrupted["metrics"] == resumed["metrics"]
         assert uninterrupted["head_metrics"] == resumed["head_metrics"]
         for key in ("scores", "weights", "head", "random"):

@@ -94,7 +94,7 @@ def share_scores(scores: Scores | None, layout: ParallelLayout) -> Scores:
 
 
 def scored(batch: RolloutBatch, scores: Scores, *, noise: float = 0.3) -> RolloutBatch:
-    """The batch ready to train on. Old log-probs are moved by `noise`, so that some tokens are clipped and some are not."""
+    """The batch ready to train on. Old log-probs are moved by `noise`, so that some tokens are clipped and others not."""
     moved = np.random.default_rng(1).normal(size=len(batch.input_ids)).astype(np.float32)
     return batch.with_(
         old_logprobs=scores.old_logprobs + noise * moved * batch.response_mask,
@@ -127,7 +127,9 @@ def weights_of(worker: PolicyWorker) -> dict[str, Tensor]:
 
 def head_weights(worker: PolicyWorker) -> dict[str, Tensor]:
     """The head's weights, copied; empty before the last stage."""
-    return {} if worker._head is None else {name: p.detach().clone() for name, p in worker._head.module.named_parameters()}
+    return (
+        {} if worker._head is None else {name: p.detach().clone() for name, p in worker._head.module.named_parameters()}
+    )
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

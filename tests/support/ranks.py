@@ -1,4 +1,4 @@
-"""Runs one function on several gloo ranks: forked processes, a file as rendezvous, every rank killed at the first failure."""
+"""Runs one function on several gloo ranks: forked processes, a file as rendezvous, all killed at the first failure."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class RankFailure(AssertionError):
 def run_ranks(fn: Callable[..., Any], *args: object, world_size: int, timeout_s: float = 120.0) -> list[Any]:
     """Call `fn(*args)` on `world_size` gloo ranks and return the results in the order of the ranks.
 
-    Fork, not spawn: what the parent has imported is shared, so 4 ranks start in well under a second; the parent must not
-    have touched CUDA. The rendezvous is a fresh file, not a port: tests run side by side and no port is guessed.
+    Fork, not spawn: what the parent has imported is shared, so 4 ranks start in well under a second; the parent must
+    not have touched CUDA. The rendezvous is a fresh file, not a port: tests run side by side and no port is guessed.
 
     Args:
-        fn: called on each rank with the default process group initialised; its result must be something `torch.save` takes.
+        fn: called on each rank with the default process group initialised; `torch.save` must take its result.
         args: passed as they are (forked, never pickled).
         world_size: number of ranks.
         timeout_s: all ranks are killed when this many seconds have passed.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import clipo_megatron
 import pytest
+
+import clipo_megatron
 
 PACKAGE = Path(clipo_megatron.__file__).parent
 ROOT = PACKAGE.parent
@@ -73,9 +74,7 @@ def module_name(path: Path) -> str:
 
 
 def test_no_module_imports_what_stands_above_it():
-    problems = [
-        problem for path in MODULES for problem in forbidden_imports(path.read_text(), _importer(path))
-    ]
+    problems = [problem for path in MODULES for problem in forbidden_imports(path.read_text(), _importer(path))]
     assert not problems, "\n".join(problems)
 
 
