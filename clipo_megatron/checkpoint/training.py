@@ -82,7 +82,9 @@ def save_checkpoint(
         beside.rename(final)
         _sync_to_disk(folder)
     except OSError as error:
-        raise CheckpointError(f"checkpoint {final}: can't be written: {error}; older checkpoints are untouched") from error
+        raise CheckpointError(
+            f"checkpoint {final}: can't be written: {error}; older checkpoints are untouched"
+        ) from error
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -111,7 +113,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
             files=content["files"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint}: {MANIFEST} can't be read: {error}; remove the folder") from error
+        raise CheckpointError(
+            f"checkpoint {checkpoint}: {MANIFEST} can't be read: {error}; remove the folder"
+        ) from error
     for name, size in manifest.files.items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None

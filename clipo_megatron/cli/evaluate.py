@@ -10,9 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipo_megatron.data.rows import read_rows_problems
 from clipo_megatron.errors import ConfigError
-from clipo_megatron.weights.folder_check import model_folder_problems
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -41,6 +39,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: all faults of the model folder, the data files and the numbers.
     """
+    # Imported late here and below: each verifier process imports this module again, and has no use for torch.
+    from clipo_megatron.data.rows import read_rows_problems
+    from clipo_megatron.weights.folder_check import model_folder_problems
+
     problems = [*_number_problems(args), *model_folder_problems(args.model, rollout_tp=args.tp)]
     problems += read_rows_problems(args.data)
     if problems:

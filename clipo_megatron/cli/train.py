@@ -14,7 +14,6 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clipo_megatron.checks.preflight import data_problems, device_problems, file_problems
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.load import read_recipe
@@ -35,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: all faults found before anything was started.
     """
+    # Imported late here and below: each verifier process imports this module again, and has no use for torch.
+    from clipo_megatron.checks.preflight import device_problems, file_problems
+
     recipe, problems = read_recipe(args.recipe, args.overrides)
     if recipe is not None:
         problems += file_problems(recipe)
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 def _train(recipe: Recipe) -> int:
     import torch
 
+    from clipo_megatron.checks.preflight import data_problems
     from clipo_megatron.cluster.session import place, ray_session
     from clipo_megatron.controller.loop import TrainingLoop, limit_per_source, run_folder
     from clipo_megatron.data.prompts import load_prompts
@@ -65,9 +68,7 @@ def _train(recipe: Recipe) -> int:
         raise ConfigError(problems)
     evaluation = None
     if recipe.data.evaluation:
-        everything = load_prompts(
-            recipe.data.evaluation, tokenizer, max_prompt_tokens=recipe.data.max_prompt_tokens
-        )
+        everything = load_prompts(recipe.data.evaluation, tokenizer, max_prompt_tokens=recipe.data.max_prompt_tokens)
         evaluation = limit_per_source(everything, recipe.evaluation.max_prompts)
     folder = run_folder(recipe)
     _prepare_folder(folder, recipe)
@@ -86,7 +87,9 @@ def _train(recipe: Recipe) -> int:
         verifiers.self_test()
         started = time.perf_counter()
         policy, engines = place(recipe, device=device, log_folder=folder / "logs")
-        console.print(f"workers up after {time.perf_counter() - started:.0f} s, logs in {folder / 'logs'}", soft_wrap=True)
+        console.print(
+            f"workers up after {time.perf_counter() - started:.0f} s, logs in {folder / 'logs'}", soft_wrap=True
+        )
         with _progress(console, recipe.run.steps) as on_row:
             outcome = TrainingLoop(
                 recipe,
@@ -99,9 +102,14 @@ def _train(recipe: Recipe) -> int:
                 should_stop=should_stop,
             ).run()
     if outcome.stopped:
-        console.print(f"stopped after step {outcome.progress.step}; the same command goes on from {outcome.checkpoint}", soft_wrap=True)
+        console.print(
+            f"stopped after step {outcome.progress.step}; the same command goes on from {outcome.checkpoint}",
+            soft_wrap=True,
+        )
     else:
-        console.print(f"done: metrics {folder / 'metrics.jsonl'}, Hugging Face checkpoint {outcome.exported}", soft_wrap=True)
+        console.print(
+            f"done: metrics {folder / 'metrics.jsonl'}, Hugging Face checkpoint {outcome.exported}", soft_wrap=True
+        )
     return 0
 
 

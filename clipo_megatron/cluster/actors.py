@@ -37,9 +37,7 @@ class PolicyActor(LoggedWorker):
         from torch.distributed import TCPStore
 
         host = ray.util.get_node_ip_address()
-        self._store = TCPStore(
-            host, 0, self._settings.layout.world_size, is_master=True, wait_for_workers=False
-        )
+        self._store = TCPStore(host, 0, self._settings.layout.world_size, is_master=True, wait_for_workers=False)
         return host, self._store.port
 
     @reports_failure
@@ -106,9 +104,7 @@ class PolicyActor(LoggedWorker):
         """Make ready to hand out this stage's weights as buckets, numbered from `first_index`."""
         from clipo_megatron.sync.bucket import pack_buckets
 
-        buckets = pack_buckets(
-            self._worker.hf_tensors(), version=version, bucket_bytes=self._settings.bucket_bytes
-        )
+        buckets = pack_buckets(self._worker.hf_tensors(), version=version, bucket_bytes=self._settings.bucket_bytes)
         self._stream = (replace(bucket, index=first_index + number) for number, bucket in enumerate(buckets))
 
     @reports_failure

@@ -75,5 +75,7 @@ def _reason(error: RayActorError) -> str:
     text = str(error)
     found = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?)\. Some common causes", text)
     if found:
-        return f"its process ended ({found[1]}: {found[2]}); killed from outside, out of memory, or crashed: see its log"
+        return (
+            f"its process ended ({found[1]}: {found[2]}); killed from outside, out of memory, or crashed: see its log"
+        )
     return text.strip().splitlines()[-1]

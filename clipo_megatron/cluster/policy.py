@@ -76,9 +76,9 @@ class RayPolicy:
             sender = self._actors[ranks[0]]
             pending = sender.next_bucket.remote()
             while True:
-                bucket = gather(
-                    {f"policy_{ranks[0]}": pending}, phase="sync", timeout_s=self._settings.timeout_s
-                )[f"policy_{ranks[0]}"]
+                bucket = gather({f"policy_{ranks[0]}": pending}, phase="sync", timeout_s=self._settings.timeout_s)[
+                    f"policy_{ranks[0]}"
+                ]
                 if bucket is None:
                     break
                 ready, pending = pending, sender.next_bucket.remote()

@@ -75,7 +75,7 @@ class TrainingLoop:
         )
         try:
             self._step.sync(progress.version)
-            if not resumed and self._recipe.evaluation.at_start:
+            if not resumed and self._evaluation is not None and self._recipe.evaluation.at_start:
                 self._write(writer, {"step": 0.0, "version": 0.0} | self._evaluate(progress))
             saved = progress if resumed else None
             while progress.step < self._recipe.run.steps and not self._should_stop():
@@ -107,9 +107,7 @@ class TrainingLoop:
         evaluation: dict[str, float] = {}
         if step == self._recipe.run.steps or self._is_due(step, self._recipe.evaluation.every):
             evaluation = self._evaluate(progress)
-        metrics = step_metrics(
-            report, reward_floor=self._recipe.contrastive.reward_floor, seconds=self._clock.take()
-        )
+        metrics = step_metrics(report, reward_floor=self._recipe.contrastive.reward_floor, seconds=self._clock.take())
         epoch = progress.prompts_taken / len(self._train)
         return progress, {"step": float(step), "epoch": epoch} | metrics | evaluation
 

@@ -87,8 +87,10 @@ class MetricsWriter:
             resume_step: keep lines up to this step and drop later ones (they are run again); None: start anew.
         """
         self._path = folder / "metrics.jsonl"
-        kept = "" if resume_step is None else "".join(
-            json.dumps(row) + "\n" for row in read_metrics(self._path) if row["step"] <= resume_step
+        kept = (
+            ""
+            if resume_step is None
+            else "".join(json.dumps(row) + "\n" for row in read_metrics(self._path) if row["step"] <= resume_step)
         )
         beside = self._path.with_suffix(".tmp")
         beside.write_text(kept)

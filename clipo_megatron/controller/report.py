@@ -67,9 +67,13 @@ def _reward_metrics(report: StepReport, reward_floor: float) -> dict[str, float]
         return row
     right = batch.is_correct
     row["contrastive/anchor_share"] = float((is_anchor & right).sum() / max(right.sum(), 1))
-    row["contrastive/clamped_share"] = float((contrastive[is_anchor] <= reward_floor).mean()) if is_anchor.any() else 0.0
+    row["contrastive/clamped_share"] = (
+        float((contrastive[is_anchor] <= reward_floor).mean()) if is_anchor.any() else 0.0
+    )
     spread = [
-        contrastive[rows].std() for group in np.unique(batch.group_id) if (rows := (batch.group_id == group) & right).any()
+        contrastive[rows].std()
+        for group in np.unique(batch.group_id)
+        if (rows := (batch.group_id == group) & right).any()
     ]
     row["reward/contrastive_std_in_group"] = float(np.mean(spread)) if spread else 0.0
     row["reward/contrastive_length_correlation"] = _correlation(

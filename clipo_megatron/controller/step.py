@@ -40,7 +40,9 @@ class StepReport:
 class Step:
     """Runs training steps of one recipe on a policy and engines."""
 
-    def __init__(self, recipe: Recipe, policy: Policy, engines: Engines, verifiers: Verifiers, clock: PhaseClock) -> None:
+    def __init__(
+        self, recipe: Recipe, policy: Policy, engines: Engines, verifiers: Verifiers, clock: PhaseClock
+    ) -> None:
         self._recipe = recipe
         self._policy = policy
         self._engines = engines

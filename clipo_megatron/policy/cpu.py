@@ -23,7 +23,7 @@ _FIRST, _BEYOND = Version("0.16.1"), Version("0.20")
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Tensors asked for on "cuda" are made on the CPU; `.cuda()` gives the tensor itself; `.type()` names a CUDA type."""
+    """Tensors asked for on "cuda" come on the CPU, `.cuda()` gives the tensor itself, `.type()` names a CUDA type."""
 
     def __torch_function__(
         self,
@@ -31,7 +31,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         types: tuple[type, ...],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # the optimizers compare with CUDA's names

@@ -33,7 +33,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention of packed sequences, grouped queries too: unpacked to a right-padded batch, so no [T, T] mask."""
+    """Causal attention of packed sequences with grouped queries: as a right-padded batch, so without a [T, T] mask."""
 
     def __init__(
         self,

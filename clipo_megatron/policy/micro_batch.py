@@ -42,7 +42,7 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """T"""
+        """T, padding included."""
         return self.input_ids.shape[1]
 
     def response_column(self, column: Floats) -> Tensor:

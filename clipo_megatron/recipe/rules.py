@@ -31,6 +31,13 @@ def _layout(recipe: Recipe) -> Iterator[str]:
             f"layout.micro_batch_tokens = {layout.micro_batch_tokens}: the longest sequence has "
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens and must fit into one micro-batch"
         )
+    elif layout.world_size > model_ranks and 2 * longest > layout.micro_batch_tokens:
+        # Below this, sequences can't always be dealt as equally many micro-batches to the data parallel ranks.
+        yield (
+            f"layout.micro_batch_tokens = {layout.micro_batch_tokens}: with data parallel ranks a micro-batch must hold two "
+            f"sequences of data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; use at least "
+            f"{2 * longest}"
+        )
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:

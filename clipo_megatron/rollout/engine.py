@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
     from vllm.outputs import CompletionOutput
 
+_CPU_BATCH_TOKENS = 4096
+"""Prompt tokens of one forward on a CPU; prompts that don't fit wait for the next one."""
+
 
 class RolloutEngine:
     """A vLLM engine in this process; with tp > 1 its workers are child processes.
@@ -94,6 +97,9 @@ class RolloutEngine:
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=enforce_eager or on_cpu,
             enable_prefix_caching=prefix_caching,
+            # vLLM 0.32 turns back the generator of a seeded request whose prompt it splits, and a CPU generator can't be.
+            enable_chunked_prefill=False if on_cpu else None,
+            max_num_batched_tokens=max(_CPU_BATCH_TOKENS, max_model_len) if on_cpu else None,
             worker_extension_cls="clipo_megatron.rollout.receiver.WeightReceiver",
             seed=seed,
         )

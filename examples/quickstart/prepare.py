@@ -30,7 +30,7 @@ NUM_TERMS = 5
 BLUNT_SHARE = 0.5
 WORKED_SHARE, WORKED_SHARE_IF_BLUNT = 0.85, 0.15
 NUM_TRAIN, NUM_HELD_OUT, NUM_WARM_START, NUM_STOP = 8192, 512, 32768, 256
-BATCH, LEARNING_RATE, WARMUP_STEPS, MAX_STEPS = 48, 3e-3, 50, 1500
+BATCH, LEARNING_RATE, WARMUP_STEPS, MAX_STEPS = 64, 3e-3, 50, 1500
 CHECK_EVERY, HOPELESS_LOSS = 5, 0.3
 AVERAGE_DECAY = 0.95
 STOP_AT, BAND = 0.40, (0.30, 0.60)
@@ -185,12 +185,14 @@ def greedy_accuracy(policy: Qwen3ForCausalLM, problems: Sequence[Problem], token
     return correct / len(problems)
 
 
-def batches(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in the order of the problems, over and over."""
+def batches(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Batches in the order of the problems, over and over; long and short answers apart, so that little is padding."""
     while True:
         for start in range(0, len(problems) - BATCH + 1, BATCH):
             batch = problems[start : start + BATCH]
-            yield encode(batch, [problem.demonstration for problem in batch], tokenizer)
+            worked = [problem for problem in batch if problem.demonstration == problem.worked]
+            direct = [problem for problem in batch if problem.demonstration != problem.worked]
+            yield [encode(part, [problem.demonstration for problem in part], tokenizer) for part in (worked, direct)]
 
 
 def warm_start(
@@ -218,7 +220,7 @@ def warm_start(
         for step in range(1, MAX_STEPS + 1):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP_STEPS)
-            loss = train_step(policy, optimizer, *next(stream))
+            loss = train_step(policy, optimizer, next(stream))
             average.update_parameters(policy)
             accuracy = 0.0
             if step % CHECK_EVERY == 0 and loss < HOPELESS_LOSS:
@@ -233,16 +235,22 @@ def warm_start(
     raise SystemExit(f"prepare: accuracy {accuracy:.3f} after {MAX_STEPS} steps, below {STOP_AT}; try another --seed")
 
 
-def train_step(policy: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, input_ids: Tensor, labels: Tensor) -> float:
-    """One supervised update; returns the loss in nats a token."""
-    states = policy.model(input_ids).last_hidden_state[:, :-1]
-    learnt = labels[:, 1:] >= 0  # the head runs on these positions only
-    loss = F.cross_entropy(policy.lm_head(states[learnt]), labels[:, 1:][learnt])
-    loss.backward()
+def train_step(
+    policy: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, parts: Sequence[tuple[Tensor, Tensor]]
+) -> float:
+    """One supervised update on all parts together; returns the loss in nats a token."""
+    denominator = sum(int((labels >= 0).sum()) for _, labels in parts)
+    total = 0.0
+    for input_ids, labels in parts:
+        states = policy.model(input_ids).last_hidden_state[:, :-1]
+        learnt = labels[:, 1:] >= 0  # the head runs on these positions only
+        loss = F.cross_entropy(policy.lm_head(states[learnt]), labels[:, 1:][learnt], reduction="sum") / denominator
+        loss.backward()
+        total += loss.item()
     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
+    return total
 
 
 def prepare(folder: Path, *, seed: int, console: Console) -> float:

@@ -36,7 +36,9 @@ def recipe(tmp_path, model):
 def _clipo(*arguments):
     # Ray is made impossible to import: whatever is reported was found without it.
     code = "import sys; sys.modules['ray'] = None; from clipo_megatron.cli.main import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
 
 
 def _faults(*arguments):
@@ -104,8 +106,10 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(recipe, tmp_path):
 
 @pytest.mark.parametrize("command", ["eval", "data"])
 def test_the_other_commands_name_their_faults_too(command, tmp_path):
-    arguments = ("eval", tmp_path / "no_model", "--data", tmp_path / "no.jsonl") if command == "eval" else (
-        "data", "check", tmp_path / "no.jsonl"
+    arguments = (
+        ("eval", tmp_path / "no_model", "--data", tmp_path / "no.jsonl")
+        if command == "eval"
+        else ("data", "check", tmp_path / "no.jsonl")
     )
     faults = _faults(*arguments)
     assert [fault for fault in faults if "no.jsonl" in fault], faults

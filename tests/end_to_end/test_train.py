@@ -99,8 +99,18 @@ def test_the_exported_checkpoint_answers_like_the_policy(whole, prepared):
         assert tokenizer.decode(answer["response_ids"], skip_special_tokens=True) == answer["text"]
     offline = json.loads(
         run_clipo(
-            "eval", export, "--data", prepared / "heldout.parquet", "--max-prompts", 32, "--dtype", "float32",
-            "--max-prompt-tokens", 64, "--max-response-tokens", 64,
+            "eval",
+            export,
+            "--data",
+            prepared / "heldout.parquet",
+            "--max-prompts",
+            32,
+            "--dtype",
+            "float32",
+            "--max-prompt-tokens",
+            64,
+            "--max-response-tokens",
+            64,
         )  # fmt: skip
     )
     in_training = read_metrics(whole / "metrics.jsonl")[STEPS]

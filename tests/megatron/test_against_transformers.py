@@ -1,4 +1,4 @@
-"""The policy on one rank against the same checkpoint in transformers: scores, pooled states, head, gradient of the loss."""
+"""The policy on one rank against the same checkpoint in transformers: scores, states, head, gradient of the loss."""
 
 from __future__ import annotations
 

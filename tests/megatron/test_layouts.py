@@ -1,4 +1,4 @@
-"""Every layout against one rank: scores, pooled states, contrastive loss, head, gradients, weights after two updates."""
+"""Every layout against one rank: scores, states, contrastive loss, head, gradients, weights after two updates."""
 
 from __future__ import annotations
 

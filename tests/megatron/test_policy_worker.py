@@ -40,8 +40,10 @@ def _one_update(folder: Path, options: dict[str, object]) -> dict[str, torch.Ten
     worker = make_worker(folder, ONE, algorithm=ONE_UPDATE, **options)
     batch = make_batch()
     scores = worker.score(batch, step=1, with_reference=True)
-    worker.train(scored(batch, scores), step=1)
-    columns = {"logprob": torch.from_numpy(scores.old_logprobs), "loss": torch.from_numpy(scores.contrastive_loss)}
+    report = worker.train(scored(batch, scores), step=1)
+    # Gradients are clipped to norm 1: a wrong factor on all of them shows in the norm alone.
+    columns = {"grad_norm": torch.tensor(report.metrics["grad_norm"])}
+    columns |= {"logprob": torch.from_numpy(scores.old_logprobs), "loss": torch.from_numpy(scores.contrastive_loss)}
     return columns | full_gradients(worker)
 
 
@@ -121,15 +123,16 @@ def _not_finite(folder: Path, layout: ParallelLayout) -> list[object]:
     kept = all(torch.equal(before[name], tensor) for name, tensor in weights_of(worker).items())
     taken = worker.train(good, step=2)
     moved = any(not torch.equal(before[name], tensor) for name, tensor in weights_of(worker).items())
-    return [refused, kept, taken, moved, worker._optimizer.updates]
+    updated, _ = worker._optimizer.step(loss_is_finite=worker._rank != 0)  # one rank alone says no
+    return [refused, kept, taken, moved, updated, worker._optimizer.updates]
 
 
 @pytest.mark.parametrize("layout", [ONE, ParallelLayout(world_size=2), ParallelLayout(world_size=2, pp=2)], ids=str)
 def test_an_update_that_is_not_finite_is_skipped_on_all_ranks_and_counted(folder, layout):
     results = run_ranks(_not_finite, folder, layout, world_size=layout.world_size)
-    for _, kept, _, moved, updates in results:
-        assert (kept, moved, updates) == (True, True, 1)
-    refused, _, taken, _, _ = results[layout.rank(tp=0, dp=0, pp=layout.pp - 1)]
+    for _, kept, _, moved, updated, updates in results:
+        assert (kept, moved, updated, updates) == (True, True, False, 1)
+    refused, _, taken, *_ = results[layout.rank(tp=0, dp=0, pp=layout.pp - 1)]
     assert (refused.updates, refused.skipped) == (0, 1)
     assert (taken.updates, taken.skipped) == (1, 0)
 
@@ -218,5 +221,5 @@ def test_a_batch_that_was_not_scored_and_a_reference_that_is_not_there_are_refus
 
 
 def test_ranks_that_are_not_the_layouts_are_refused(folder):
-    with pytest.raises(RankFailure, match="layout.world_size = 2, but 1 ranks were started"):
+    with pytest.raises(RankFailure, match=r"layout\.world_size = 2, but 1 ranks were started"):
         run_ranks(_exported, folder, ParallelLayout(world_size=2), world_size=1)

@@ -22,6 +22,13 @@ from support.tiny_models import make_tiny_hf
 
 from clipo_megatron.errors import CheckpointError
 from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.policy.state import (
+    optimizer_steps,
+    optimizer_tensors,
+    read_state,
+    restore_optimizer,
+    write_state,
+)
 from clipo_megatron.policy.worker import PolicyWorker
 
 ONE = ParallelLayout(world_size=1)
@@ -81,6 +88,39 @@ def test_a_resumed_run_goes_on_bit_for_bit(folder, tmp_path, layout, dtype):
         for key in ("scores", "weights", "head", "random"):
             for name, tensor in uninterrupted[key].items():
                 assert torch.equal(tensor, resumed[key][name]), f"{key}: {name}"
+
+
+class _GroupStepOptimizer(torch.optim.Optimizer):
+    """Counts its steps in the groups, as Transformer Engine's AdamW on a GPU does; torch's has a tensor a parameter."""
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["exp_avg"] = state.get("exp_avg", torch.zeros_like(parameter)) + group["step"]
+                parameter.data.sub_(state["exp_avg"])
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_optimizers_that_count_steps_in_their_groups_are_restored(tmp_path, steps):
+    def fresh() -> tuple[list[torch.nn.Parameter], _GroupStepOptimizer]:
+        parameters = [torch.nn.Parameter(torch.ones(2) * number) for number in range(12)]
+        return parameters, _GroupStepOptimizer([{"params": parameters[:11]}, {"params": parameters[11:]}], {})
+
+    parameters, optimizer = fresh()
+    for _ in range(steps):
+        optimizer.step()
+    plain = {"identity": {}, "steps": optimizer_steps(optimizer)}
+    write_state(tmp_path, 0, optimizer_tensors(optimizer, "policy"), plain)
+
+    restored_parameters, restored = fresh()
+    tensors, plain = read_state(tmp_path, 0, identity={})
+    restore_optimizer(restored, "policy", tensors, plain["steps"])
+    optimizer.step()
+    restored.step()
+    for one, other in zip(parameters, restored_parameters, strict=True):
+        assert torch.equal(one, other)
 
 
 def _save(model: Path, state: Path) -> None:

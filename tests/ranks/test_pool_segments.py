@@ -9,7 +9,7 @@ from support.ranks import run_ranks
 
 from clipo_megatron.parallel.pooling import pool_segments
 
-# Sequence of each token, -1 where it isn't pooled: sequence 1 has no token, 3 lies on one rank alone, the tail is padding.
+# Sequence of each token, -1 where it isn't pooled: sequence 1 has no token, 3 lies on one rank, the tail is padding.
 SEGMENT_T = torch.tensor([-1, 0, 0, 0, -1, -1, 2, -1, 2, 2, -1, 3, 4, -1, -1, -1])
 NUM_SEGMENTS, WIDTH = 5, 6
 

@@ -20,7 +20,7 @@ from clipo_megatron.weights.names import split_dim
 
 VOCAB_SIZE = 300
 """Padded to 384 at tp = 1 and to 512 at tp = 2: layouts differ in their padding as well."""
-# Adam divides by sqrt(v) + eps: with 1e-8 it would turn rounding noise of 1e-9 on a near-zero gradient into a whole step.
+# Adam divides by sqrt(v) + eps: 1e-8 would turn rounding noise of 1e-9 on a near-zero gradient into a whole step.
 OPTIMIZER = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1, eps=1e-3, clip_grad=1.0)
 ALGORITHM = AlgorithmSettings(updates_per_step=2, kl_coefficient=0.1)
 CONTRASTIVE = ContrastiveSettings(head_size=24)
@@ -94,7 +94,7 @@ def share_scores(scores: Scores | None, layout: ParallelLayout) -> Scores:
 
 
 def scored(batch: RolloutBatch, scores: Scores, *, noise: float = 0.3) -> RolloutBatch:
-    """The batch ready to train on. Old log-probs are moved by `noise`, so that some tokens are clipped and others not."""
+    """The batch ready to train on; old log-probs are moved by `noise`, so that some tokens are clipped, others not."""
     moved = np.random.default_rng(1).normal(size=len(batch.input_ids)).astype(np.float32)
     return batch.with_(
         old_logprobs=scores.old_logprobs + noise * moved * batch.response_mask,

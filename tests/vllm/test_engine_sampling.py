@@ -54,6 +54,12 @@ def test_logprobs_are_those_of_the_distribution_sampled_from(
     assert worst_difference(load_reference(folder), groups, temperature=temperature) < 1e-4
 
 
+def test_prompts_beyond_one_forwards_tokens_are_sampled_all_the_same(engine: RolloutEngine, folder: Path) -> None:
+    # 16 prompts run at the same time, with more tokens than a forward takes: the last ones have to wait.
+    groups = _sample(engine, (330,) * 16, samples=1, max_tokens=8)
+    assert worst_difference(load_reference(folder), groups) < 1e-4
+
+
 def test_temperature_zero_is_greedy(engine: RolloutEngine, folder: Path) -> None:
     groups = _sample(engine, samples=1, temperature=0.0, max_tokens=16)
     reference = load_reference(folder)
