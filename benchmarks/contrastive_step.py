@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.contrastive import contrastive_loss
+from clipo_megatron.algorithms.contrastive import Objective, contrastive_loss
 from clipo_megatron.algorithms.heads import build_head, embed
 from clipo_megatron.algorithms.metrics import embedding_metrics
 
@@ -115,18 +115,10 @@ def blocked_losses(z_BD: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]
     """The package's way: loss and metrics on [P, G, G]."""
     result = contrastive_loss(
         z_BD,
+        Objective(loss="supcon_out", temperature=TEMPERATURE),  # no draw: the baseline's loss must be the same
         group_id_B=batch.group_id_B,
         is_correct_B=batch.is_correct_B,
         row_key_B=batch.row_key_B,
-        loss="supcon_out",  # no draw, so that the baseline's loss must be the same
-        level="group",
-        similarity="cosine",
-        temperature=TEMPERATURE,
-        masked_label=0,
-        skip_trivial=True,
-        numerics="exact",
-        positive="sampled",
-        denominator="all_but_self",
         seed=0,
         step=0,
     )

@@ -118,6 +118,7 @@ class RolloutBatch:
 
     @property
     def num_sequences(self) -> int:
+        """Sequences of the batch."""
         return len(self.prompt_lengths)
 
     @property
@@ -127,7 +128,7 @@ class RolloutBatch:
 
     @property
     def response_lengths(self) -> Offsets:
-        """[S]"""
+        """[S] tokens of each response."""
         return self.lengths - self.prompt_lengths
 
     @property

@@ -45,35 +45,70 @@ class ContrastiveResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Objective:
-    loss: Loss
-    level: Level
-    similarity: Similarity
-    temperature: float
-    masked_label: int
-    skip_trivial: bool
-    numerics: Numerics
-    draws: bool
-    positives_in_denominator: bool
+class Objective:
+    """Which contrastive loss. Fields and defaults are those of the recipe's section `contrastive`."""
+
+    loss: Loss = "infonce"
+    level: Level = "group"
+    """Candidate sets, see `candidate_sets`."""
+    similarity: Similarity = "cosine"
+    """l2 is 1 - distance."""
+    temperature: float = 0.05
+    """t > 0, in units of the similarity."""
+    masked_label: Literal[-1, 0, 1] = 0
+    """Rows of this verdict are no anchors; -1 masks none."""
+    skip_trivial: bool = True
+    """Leave out anchors without a positive or a negative; exact numerics need it."""
+    numerics: Numerics = "exact"
+    """Exact log-sum-exp, or the published code's with the row maximum over all rows and 1e-8."""
+    positive: Literal["sampled", "mean"] = "sampled"
+    """InfoNCE's: one drawn, or the mean over all."""
+    denominator: Literal["all_but_self", "sampled_plus_negatives"] = "all_but_self"
+    """InfoNCE's: all others, or the drawn positive and the negatives."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other.
+
+        Raises:
+            ConfigError: with all of them.
+        """
+        problems: list[str] = []
+        if self.numerics == "exact" and not self.skip_trivial:
+            problems.append(
+                "skip_trivial = false: a row without a positive has no exact loss; set it to true or numerics to reference"
+            )
+        if self.loss != "infonce" and (self.positive != "sampled" or self.denominator != "all_but_self"):
+            problems.append(
+                f"positive = {self.positive}, denominator = {self.denominator}: have an effect only with loss = infonce, "
+                f"found {self.loss}"
+            )
+        if self.positive == "mean" and self.denominator != "all_but_self":
+            problems.append(f"denominator = {self.denominator}: needs a drawn positive; set positive to sampled")
+        if problems:
+            raise ConfigError([f"contrastive.{problem}" for problem in problems])
+
+    @property
+    def draws(self) -> bool:
+        """Whether each anchor draws one positive."""
+        return self.loss == "infonce" and self.positive == "sampled"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Call:
+    """What one call shares between its blocks of rows."""
+
+    objective: Objective
     seed: int
     step: int
 
 
 def contrastive_loss(
     z_BD: Tensor,
+    objective: Objective,
     *,
     group_id_B: Tensor,
     is_correct_B: Tensor,
     row_key_B: Tensor,
-    loss: Loss,
-    level: Level,
-    similarity: Similarity,
-    temperature: float,
-    masked_label: Literal[-1, 0, 1],
-    skip_trivial: bool,
-    numerics: Numerics,
-    positive: Literal["sampled", "mean"],
-    denominator: Literal["all_but_self", "sampled_plus_negatives"],
     seed: int,
     step: int,
     is_valid_B: Tensor | None = None,
@@ -83,41 +118,18 @@ def contrastive_loss(
 
     Args:
         z_BD: unit-norm embeddings [B, D]; computed in float32, or float64 when given so.
+        objective: which loss.
         group_id_B: prompt of each row, int64 [B].
         is_correct_B: the verifier's verdict, bool [B].
         row_key_B: identity of each row, int64 [B]; keys the drawn positive together with `seed` and `step`.
-        loss: infonce, supcon_in, supcon_out or soft_nn.
-        level: candidate sets, see `candidate_sets`.
-        similarity: cosine, negative_cosine or l2 (1 - distance).
-        temperature: t > 0, in units of the similarity.
-        masked_label: rows of this verdict are no anchors; -1 masks none.
-        skip_trivial: leave out anchors without a positive or a negative; exact numerics need it.
-        numerics: exact log-sum-exp, or the published code's with the row maximum over all rows and 1e-8.
-        positive: infonce's: one drawn, or the mean over all.
-        denominator: infonce's: all others, or the drawn positive and the negatives.
         seed: of the run.
         step: of the run; another step draws other positives.
         is_valid_B: bool [B]; False: the row is in no set (no pooled state, say). None: all are valid.
         positive_B: rows to use instead of drawing, int64 [B]; entries of rows without positives are ignored.
 
     Raises:
-        ConfigError: settings that contradict each other.
         CheckError: `positive_B` names a row that is not a positive.
     """
-    _check_settings(loss, skip_trivial, numerics, positive, denominator)
-    objective = _Objective(
-        loss=loss,
-        level=level,
-        similarity=similarity,
-        temperature=temperature,
-        masked_label=masked_label,
-        skip_trivial=skip_trivial,
-        numerics=numerics,
-        draws=loss == "infonce" and positive == "sampled",
-        positives_in_denominator=denominator == "all_but_self",
-        seed=seed,
-        step=step,
-    )
     z_BD = z_BD if z_BD.dtype == torch.float64 else z_BD.float()
     if is_valid_B is not None:
         z_BD = z_BD.masked_fill(~is_valid_B[:, None], 0.0)  # so that no NaN of theirs gets into a product
@@ -128,11 +140,12 @@ def contrastive_loss(
         is_valid=torch.ones_like(is_correct_B) if is_valid_B is None else is_valid_B,
         row_key=row_key_B,
     )
-    over_rows = _over_groups if level == "group" else _over_tiles
-    loss_B, is_anchor_B, drawn_B = over_rows(z_BD, rows, positive_B, objective)
+    over_rows = _over_groups if objective.level == "group" else _over_tiles
+    call = _Call(objective=objective, seed=seed, step=step)
+    loss_B, is_anchor_B, drawn_B = over_rows(z_BD, rows, positive_B, call)
     num_anchors = int(is_anchor_B.sum())
     # The reference adds 1e-8 to the number of anchors; where a label is masked it does so in float32, without effect.
-    eps = REFERENCE_EPS if numerics == "reference" and masked_label == -1 else 0.0
+    eps = REFERENCE_EPS if objective.numerics == "reference" and objective.masked_label == -1 else 0.0
     return ContrastiveResult(
         loss=loss_B.sum() / (max(num_anchors, 1) + eps),
         loss_B=loss_B.detach(),
@@ -142,25 +155,7 @@ def contrastive_loss(
     )
 
 
-def _check_settings(loss: str, skip_trivial: bool, numerics: str, positive: str, denominator: str) -> None:
-    problems: list[str] = []
-    if numerics == "exact" and not skip_trivial:
-        problems.append(
-            "skip_trivial = false: a row without a positive has no exact loss; set it to true or numerics to reference"
-        )
-    if loss != "infonce" and (positive != "sampled" or denominator != "all_but_self"):
-        problems.append(
-            f"positive = {positive}, denominator = {denominator}: have an effect only with loss = infonce, found {loss}"
-        )
-    if positive == "mean" and denominator != "all_but_self":
-        problems.append(f"denominator = {denominator}: needs a drawn positive; set positive to sampled")
-    if problems:
-        raise ConfigError([f"contrastive.{problem}" for problem in problems])
-
-
-def _over_groups(
-    z_BD: Tensor, rows: Rows, positive_B: Tensor | None, objective: _Objective
-) -> tuple[Tensor, Tensor, Tensor]:
+def _over_groups(z_BD: Tensor, rows: Rows, positive_B: Tensor | None, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     slots = group_slots(rows.group_id)
     if slots.num_groups == 0:
         return z_BD.sum(1), rows.is_valid, rows.index
@@ -172,29 +167,27 @@ def _over_groups(
         row_key=slots.scatter(rows.row_key),
     )
     z_PGD = slots.scatter(z_BD)
-    similarity_PGG = similarity_of(z_PGD, z_PGD, similarity=objective.similarity)
+    similarity_PGG = similarity_of(z_PGD, z_PGD, similarity=call.objective.similarity)
     row_max_PG = None
-    if objective.numerics == "reference":
+    if call.objective.numerics == "reference":
         row_max_PG = similarity_PGG.detach().masked_fill(~rows_PG.is_valid[:, None, :], -torch.inf).amax(-1)
-        if objective.similarity == "negative_cosine":
+        if call.objective.similarity == "negative_cosine":
             # The reference takes the maximum over the whole batch. For the other two it is the row itself.
-            row_max_PG = slots.scatter(_row_max_over_batch(z_BD, rows.is_valid, similarity=objective.similarity))
+            row_max_PG = slots.scatter(_row_max_over_batch(z_BD, rows.is_valid, similarity=call.objective.similarity))
     chosen_PG = None if positive_B is None else slots.scatter(positive_B, fill=-1)
-    found = _score_rows(similarity_PGG, rows_PG, rows_PG, chosen_PG, row_max_PG, objective)
+    found = _score_rows(similarity_PGG, rows_PG, rows_PG, chosen_PG, row_max_PG, call)
     loss_PG, is_anchor_PG, drawn_PG = found
     return slots.gather(loss_PG), slots.gather(is_anchor_PG), slots.gather(drawn_PG)
 
 
-def _over_tiles(
-    z_BD: Tensor, rows: Rows, positive_B: Tensor | None, objective: _Objective
-) -> tuple[Tensor, Tensor, Tensor]:
+def _over_tiles(z_BD: Tensor, rows: Rows, positive_B: Tensor | None, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     def tile(z_RD: Tensor, z_BD: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        similarity_RB = similarity_of(z_RD, z_BD, similarity=objective.similarity)
+        similarity_RB = similarity_of(z_RD, z_BD, similarity=call.objective.similarity)
         row_max_R = None
-        if objective.numerics == "reference":
+        if call.objective.numerics == "reference":
             row_max_R = similarity_RB.detach().masked_fill(~rows.is_valid, -torch.inf).amax(-1)
         chosen_R = None if positive_B is None else positive_B[start : start + len(z_RD)]
-        return _score_rows(similarity_RB, rows.narrow(start, len(z_RD)), rows, chosen_R, row_max_R, objective)
+        return _score_rows(similarity_RB, rows.narrow(start, len(z_RD)), rows, chosen_R, row_max_R, call)
 
     if len(z_BD) == 0:
         return z_BD.sum(1), rows.is_valid, rows.index
@@ -215,38 +208,38 @@ def _score_rows(
     columns: Rows,
     chosen_R: Tensor | None,
     row_max_R: Tensor | None,
-    objective: _Objective,
+    call: _Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sets = candidate_sets(
         rows,
         columns,
-        level=objective.level,
-        masked_label=objective.masked_label,
-        skip_trivial=objective.skip_trivial,
+        level=call.objective.level,
+        masked_label=call.objective.masked_label,
+        skip_trivial=call.objective.skip_trivial,
     )
     is_drawn_RC = None
     drawn_R = torch.full_like(rows.index, -1)
-    if objective.draws:
-        is_drawn_RC = _drawn(rows, columns, sets, chosen_R, objective)
+    if call.objective.draws:
+        is_drawn_RC = _drawn(rows, columns, sets, chosen_R, call)
         # each row has at most one True: the maximum over the others' -1 is its index
         drawn_R = torch.where(is_drawn_RC, columns.index[..., None, :], -1).amax(-1)
-    logit_RC = similarity_RC / objective.temperature
+    logit_RC = similarity_RC / call.objective.temperature
     if row_max_R is not None:
-        logit_RC = logit_RC - torch.where(rows.is_valid, row_max_R / objective.temperature, 0.0)[..., None]
+        logit_RC = logit_RC - torch.where(rows.is_valid, row_max_R / call.objective.temperature, 0.0)[..., None]
     loss_R = anchor_losses(
         logit_RC,
         sets,
         is_drawn_RC,
-        loss=objective.loss,
-        numerics=objective.numerics,
-        positives_in_denominator=objective.positives_in_denominator,
+        loss=call.objective.loss,
+        numerics=call.objective.numerics,
+        positives_in_denominator=call.objective.denominator == "all_but_self",
     )
     return loss_R, sets.is_anchor_R, drawn_R
 
 
-def _drawn(rows: Rows, columns: Rows, sets: CandidateSets, chosen_R: Tensor | None, objective: _Objective) -> Tensor:
+def _drawn(rows: Rows, columns: Rows, sets: CandidateSets, chosen_R: Tensor | None, call: _Call) -> Tensor:
     if chosen_R is None:
-        return draw_positive(rows, columns, sets.is_positive_RC, seed=objective.seed, step=objective.step)
+        return draw_positive(rows, columns, sets.is_positive_RC, seed=call.seed, step=call.step)
     is_drawn_RC = sets.is_positive_RC & (chosen_R[..., None] == columns.index[..., None, :])
     stray_R = sets.is_positive_RC.any(-1) & ~is_drawn_RC.any(-1)
     if bool(stray_R.any()):

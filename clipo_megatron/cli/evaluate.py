@@ -63,6 +63,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, object]:
     from clipo_megatron.rewards.pool import Verifiers
     from clipo_megatron.rollout.engine import RolloutEngine
     from clipo_megatron.rollout.environment import engine_environment
+    from clipo_megatron.rollout.settings import EngineSettings
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ.update(engine_environment(device, args.tp))
@@ -77,17 +78,19 @@ def _evaluate(args: argparse.Namespace) -> dict[str, object]:
     )
     with Verifiers(args.workers, args.timeout, 2000) as verifiers:
         engine = RolloutEngine(
-            model_path=str(args.model),
-            dtype=args.dtype,
-            device=device,
-            tp=args.tp,
-            max_model_len=args.max_prompt_tokens + args.max_response_tokens,
-            max_num_seqs=args.max_num_seqs,
-            kv_cache_mib=1024,
-            gpu_memory_utilization=0.9,
-            enforce_eager=device == "cpu",
-            prefix_caching=True,
-            seed=args.seed,
+            EngineSettings(
+                model_path=str(args.model),
+                dtype=args.dtype,
+                device=device,
+                tp=args.tp,
+                max_model_len=args.max_prompt_tokens + args.max_response_tokens,
+                max_num_seqs=args.max_num_seqs,
+                kv_cache_mib=1024,
+                gpu_memory_utilization=0.9,
+                enforce_eager=device == "cpu",
+                prefix_caching=True,
+                seed=args.seed,
+            )
         )
         try:
             evaluation = evaluate(prompts.prompts, engine, verifiers, spec, version=None)

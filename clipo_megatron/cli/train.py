@@ -101,15 +101,10 @@ def _train(recipe: Recipe) -> int:
                 on_row=on_row,
                 should_stop=should_stop,
             ).run()
+    ended = f"done: metrics {folder / 'metrics.jsonl'}, Hugging Face checkpoint {outcome.exported}"
     if outcome.stopped:
-        console.print(
-            f"stopped after step {outcome.progress.step}; the same command goes on from {outcome.checkpoint}",
-            soft_wrap=True,
-        )
-    else:
-        console.print(
-            f"done: metrics {folder / 'metrics.jsonl'}, Hugging Face checkpoint {outcome.exported}", soft_wrap=True
-        )
+        ended = f"stopped after step {outcome.progress.step}; the same command goes on from {outcome.checkpoint}"
+    console.print(ended, soft_wrap=True)
     return 0
 
 

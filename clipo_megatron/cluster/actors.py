@@ -16,7 +16,8 @@ from clipo_megatron.cluster.worker_log import LoggedWorker, reports_failure
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Scores, TrainReport, WeightBucket
 
 if TYPE_CHECKING:
-    from clipo_megatron.cluster.settings import EngineSettings, PolicySettings
+    from clipo_megatron.cluster.settings import PolicySettings
+    from clipo_megatron.rollout.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class PolicyActor(LoggedWorker):
     @reports_failure
     def open_rendezvous(self) -> tuple[str, int]:
         """Start the store that all ranks meet at; the port is the one the system gave. Rank 0 only."""
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         host = ray.util.get_node_ip_address()
         self._store = TCPStore(host, 0, self._settings.layout.world_size, is_master=True, wait_for_workers=False)
@@ -45,13 +46,14 @@ class PolicyActor(LoggedWorker):
         """Join the process group and build the model."""
         import torch
         import torch.distributed as dist
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         from clipo_megatron.policy.worker import PolicyWorker
 
         settings, world_size = self._settings, self._settings.layout.world_size
         timeout = timedelta(seconds=settings.timeout_s)
         if self._rank:
-            self._store = dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+            self._store = TCPStore(host, port, world_size, is_master=False, timeout=timeout)
         if settings.device == "cuda":
             torch.cuda.set_device(0)
         else:
@@ -123,8 +125,8 @@ class PolicyActor(LoggedWorker):
 class EngineActor(LoggedWorker):
     """One rollout engine."""
 
-    def __init__(self, number: int, settings: EngineSettings) -> None:
-        self.open_log(f"engine_{number}", settings.log_folder)
+    def __init__(self, number: int, settings: EngineSettings, log_folder: str) -> None:
+        self.open_log(f"engine_{number}", log_folder)
         logger.info("engine %d is process %d", number, os.getpid())
         self._settings = settings
 
@@ -133,20 +135,7 @@ class EngineActor(LoggedWorker):
         """Start vLLM on the model folder."""
         from clipo_megatron.rollout.engine import RolloutEngine
 
-        settings = self._settings
-        self._engine = RolloutEngine(
-            model_path=str(settings.model_path),
-            dtype=settings.dtype,
-            device=settings.device,
-            tp=settings.tp,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            kv_cache_mib=settings.kv_cache_mib,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            enforce_eager=settings.enforce_eager,
-            prefix_caching=settings.prefix_caching,
-            seed=settings.seed,
-        )
+        self._engine = RolloutEngine(self._settings)
 
     @reports_failure
     def generate(

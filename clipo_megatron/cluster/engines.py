@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from clipo_megatron.cluster.actors import EngineActor
 from clipo_megatron.cluster.gather import gather
-from clipo_megatron.cluster.settings import EngineSettings
 from clipo_megatron.records import Prompt, RolloutGroup
+from clipo_megatron.rollout.settings import EngineSettings
 
 
 class RayEngines:
@@ -22,6 +23,7 @@ class RayEngines:
         settings: EngineSettings,
         *,
         actor_options: dict[str, Any],
+        log_folder: Path,
         timeout_s: float,
         sync_timeout_s: float,
     ) -> None:
@@ -31,6 +33,7 @@ class RayEngines:
             count: engines.
             settings: shared by all of them.
             actor_options: Ray's resources and environment of one engine.
+            log_folder: of the engines' logs.
             timeout_s: deadline of a start or a generation.
             sync_timeout_s: deadline of one phase of a weight update.
         """
@@ -38,7 +41,9 @@ class RayEngines:
         self._sync_timeout_s = sync_timeout_s
         actor = ray.remote(EngineActor)
         self._actors = {
-            f"engine_{number}": actor.options(name=f"engine_{number}", **actor_options).remote(number, settings)
+            f"engine_{number}": actor.options(name=f"engine_{number}", **actor_options).remote(
+                number, settings, str(log_folder.resolve())
+            )
             for number in range(count)
         }
 
@@ -77,8 +82,8 @@ class RayEngines:
         results = list(gather(refs, phase="generate", timeout_s=self._timeout_s).values())
         return [results[number % count][number // count] for number in range(len(prompts))]
 
-    def update_weights(self, version: int, buckets: Iterable[tuple[ray.ObjectRef, int]]) -> None:
-        """See `controller.Engines`. An engine that fails stays without a version and refuses to generate."""
+    def update_weights(self, version: int, buckets: Iterable[Any]) -> None:
+        """See `controller.Engines`; `buckets` are those of `RayPolicy.weight_buckets`. An engine that fails stays without a version and refuses to generate."""
         self._all("sync", self._sync_timeout_s, lambda actor: actor.begin_update.remote(version))
         num_tensors = 0
         for ref, tensors in buckets:

@@ -62,10 +62,11 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
     )
     engines = RayEngines(
         rollout.engines,
-        engine_settings(recipe, device=device, log_folder=log_folder),
+        engine_settings(recipe, device=device),
         actor_options=_options(
             cpus=rollout.tp, gpus=gpus * rollout.tp, environment=engine_environment(device, rollout.tp)
         ),
+        log_folder=log_folder,
         timeout_s=recipe.run.worker_timeout_s,
         sync_timeout_s=recipe.sync.timeout_s,
     )

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from clipo_megatron.algorithms.contrastive import Objective
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings
 from clipo_megatron.recipe import Recipe
+from clipo_megatron.rollout.settings import EngineSettings
 
 Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +22,7 @@ class PolicySettings:
 
     model_path: Path
     layout: ParallelLayout
-    dtype: str
+    dtype: Dtype
     device: Device
     sequence_parallel: bool
     micro_batch_tokens: int
@@ -31,24 +34,6 @@ class PolicySettings:
     seed: int
     bucket_bytes: int
     timeout_s: float
-    log_folder: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineSettings:
-    """Arguments of `RolloutEngine`, and of the actor around it."""
-
-    model_path: Path
-    dtype: str
-    device: Device
-    tp: int
-    max_model_len: int
-    max_num_seqs: int
-    kv_cache_mib: int
-    gpu_memory_utilization: float
-    enforce_eager: bool
-    prefix_caching: bool
-    seed: int
     log_folder: str
 
 
@@ -74,15 +59,17 @@ def policy_settings(recipe: Recipe, *, device: Device, log_folder: Path) -> Poli
             kl_estimator=algorithm.kl.estimator,
         ),
         contrastive=ContrastiveSettings(
-            loss=contrastive.loss,
-            level=contrastive.level,
-            similarity=contrastive.similarity,
-            temperature=contrastive.temperature,
-            masked_label=contrastive.masked_label,
-            skip_trivial=contrastive.skip_trivial,
-            numerics=contrastive.numerics,
-            positive=contrastive.positive,
-            denominator=contrastive.denominator,
+            objective=Objective(
+                loss=contrastive.loss,
+                level=contrastive.level,
+                similarity=contrastive.similarity,
+                temperature=contrastive.temperature,
+                masked_label=contrastive.masked_label,
+                skip_trivial=contrastive.skip_trivial,
+                numerics=contrastive.numerics,
+                positive=contrastive.positive,
+                denominator=contrastive.denominator,
+            ),
             head=contrastive.head,
             head_size=contrastive.head_size,
             head_learning_rate=contrastive.head_learning_rate,
@@ -108,11 +95,11 @@ def policy_settings(recipe: Recipe, *, device: Device, log_folder: Path) -> Poli
     )
 
 
-def engine_settings(recipe: Recipe, *, device: Device, log_folder: Path) -> EngineSettings:
+def engine_settings(recipe: Recipe, *, device: Device) -> EngineSettings:
     """The rollout side of a recipe."""
     rollout = recipe.rollout
     return EngineSettings(
-        model_path=Path(recipe.model.path).resolve(),
+        model_path=str(Path(recipe.model.path).resolve()),
         dtype=recipe.model.dtype,
         device=device,
         tp=rollout.tp,
@@ -123,5 +110,4 @@ def engine_settings(recipe: Recipe, *, device: Device, log_folder: Path) -> Engi
         enforce_eager=rollout.enforce_eager,
         prefix_caching=rollout.prefix_caching,
         seed=recipe.run.seed,
-        log_folder=str(log_folder.resolve()),
     )

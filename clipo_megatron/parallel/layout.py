@@ -27,15 +27,19 @@ class ParallelLayout:
 
     @property
     def dp(self) -> int:
+        """Data parallel degree."""
         return self.world_size // (self.tp * self.pp)
 
     def tp_rank(self, rank: int) -> int:
+        """Place of `rank` in its tensor parallel group."""
         return rank % self.tp
 
     def dp_rank(self, rank: int) -> int:
+        """Place of `rank` in its data parallel group."""
         return rank // self.tp % self.dp
 
     def pp_rank(self, rank: int) -> int:
+        """Pipeline stage of `rank`."""
         return rank // (self.tp * self.dp)
 
     def rank(self, *, tp: int, dp: int, pp: int) -> int:
@@ -43,4 +47,5 @@ class ParallelLayout:
         return tp + self.tp * (dp + self.dp * pp)
 
     def is_last_stage(self, rank: int) -> bool:
+        """Whether `rank` holds the final norm, the output layer and the contrastive head."""
         return self.pp_rank(rank) == self.pp - 1

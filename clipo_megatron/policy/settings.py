@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from clipo_megatron.algorithms.contrastive import Objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,15 +27,7 @@ class AlgorithmSettings:
 class ContrastiveSettings:
     """The contrastive head and its loss."""
 
-    loss: Literal["infonce", "supcon_in", "supcon_out", "soft_nn"] = "infonce"
-    level: Literal["group", "batch", "cross"] = "group"
-    similarity: Literal["cosine", "negative_cosine", "l2"] = "cosine"
-    temperature: float = 0.05
-    masked_label: Literal[-1, 0, 1] = 0
-    skip_trivial: bool = True
-    numerics: Literal["exact", "reference"] = "exact"
-    positive: Literal["sampled", "mean"] = "sampled"
-    denominator: Literal["all_but_self", "sampled_plus_negatives"] = "all_but_self"
+    objective: Objective = field(default_factory=Objective)
     head: Literal["linear", "mlp"] = "linear"
     head_size: int = 512
     head_learning_rate: float = 1e-3

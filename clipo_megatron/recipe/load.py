@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -45,11 +45,12 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
     if not path.is_file():
         return None, [f"recipe {path}: no such file"]
     try:
-        content = yaml.safe_load(path.read_text())
+        loaded: object = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         return None, [f"recipe {path}: not valid YAML: {error}"]
-    if not isinstance(content, dict):
-        return None, [f"recipe {path}: found {type(content).__name__}, expected sections such as 'model:' and 'run:'"]
+    if not isinstance(loaded, dict):
+        return None, [f"recipe {path}: found {type(loaded).__name__}, expected sections such as 'model:' and 'run:'"]
+    content = cast("dict[str, Any]", loaded)
 
     problems = [problem for override in overrides if (problem := _apply(content, override))]
     try:
@@ -68,9 +69,9 @@ def _without_faults(content: dict[str, Any], error: ValidationError) -> Recipe |
         place: Any = content
         *sections, last = (part for part in fault["loc"] if isinstance(part, str))
         for section in sections:
-            place = place.get(section) if isinstance(place, dict) else None
+            place = cast("dict[str, Any]", place).get(section) if isinstance(place, dict) else None
         if isinstance(place, dict):
-            place.pop(last, None)
+            cast("dict[str, Any]", place).pop(last, None)
     try:
         return Recipe.model_validate(content)
     except ValidationError:
@@ -97,7 +98,7 @@ def _apply(content: dict[str, Any], override: str) -> str:
     except yaml.YAMLError:
         value = text
     *sections, last = key.split(".")
-    place = content
+    place: Any = content
     for section in sections:
         if place.get(section) is None:
             place[section] = {}

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from clipo_megatron.errors import CheckError, EngineError
 from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, VersionSpan, WeightBucket
 from clipo_megatron.rollout.environment import environment_problems
 from clipo_megatron.rollout.sampling import rollout_seed, stop_token_ids
+from clipo_megatron.rollout.settings import EngineSettings
 from clipo_megatron.sync.shared_memory import published
 from clipo_megatron.sync.state import SyncState
 from clipo_megatron.weights.architecture import read_architecture
@@ -36,73 +37,21 @@ class RolloutEngine:
     variables of `engine_environment`.
     """
 
-    def __init__(
-        self,
-        *,
-        model_path: str,
-        dtype: Literal["float32", "bfloat16"],
-        device: Literal["cpu", "cuda"],
-        tp: int,
-        max_model_len: int,
-        max_num_seqs: int,
-        kv_cache_mib: int,
-        gpu_memory_utilization: float,
-        enforce_eager: bool,
-        prefix_caching: bool,
-        seed: int,
-    ) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
         """Load the model.
-
-        Args:
-            model_path: Hugging Face folder.
-            dtype: of weights and activations.
-            device: where the engine runs; must be what the installed vLLM is built for.
-            tp: tensor parallel degree.
-            max_model_len: prompt and response tokens of one sequence at most.
-            max_num_seqs: requests run at the same time.
-            kv_cache_mib: KV cache on a CPU.
-            gpu_memory_utilization: share of a GPU's memory for weights and KV cache.
-            enforce_eager: no CUDA graphs.
-            prefix_caching: share the KV cache of common prompts.
-            seed: of vLLM's own generator; requests have their own seeds.
 
         Raises:
             EngineError: the process's environment does not suit vLLM or holds an engine already, or vLLM is built for
                 another device.
             ConfigError: the model folder has no tokenizer or no stop id.
         """
-        _check_environment(device, tp)
-        self._model_path = model_path
-        self._tokenizer = load_tokenizer(model_path)
-        self._stop_ids = stop_token_ids(model_path, self._tokenizer.eos_token_id)  # pyright: ignore
-        self._max_model_len = max_model_len
+        _check_environment(settings.device, settings.tp)
+        self._model_path = settings.model_path
+        self._tokenizer = load_tokenizer(settings.model_path)
+        self._stop_ids = stop_token_ids(settings.model_path, self._tokenizer.eos_token_id)  # pyright: ignore
+        self._max_model_len = settings.max_model_len
         self._state = SyncState()
-
-        make_llm = _import_vllm(device)
-        on_cpu = device == "cpu"
-        self._llm: LLM | None = make_llm(
-            model=model_path,
-            # Ids in, ids out. The tokenizer's and generation_config.json's ideas about sampling stay out as well.
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            logprobs_mode="processed_logprobs",
-            dtype=dtype,
-            load_format="safetensors",
-            use_tqdm_on_load=False,
-            tensor_parallel_size=tp,
-            distributed_executor_backend="uni" if tp == 1 else "mp",
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            kv_cache_memory_bytes=kv_cache_mib << 20 if on_cpu else None,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=enforce_eager or on_cpu,
-            enable_prefix_caching=prefix_caching,
-            # vLLM 0.32 turns back the generator of a seeded request whose prompt it splits, and a CPU generator can't be.
-            enable_chunked_prefill=False if on_cpu else None,
-            max_num_batched_tokens=max(_CPU_BATCH_TOKENS, max_model_len) if on_cpu else None,
-            worker_extension_cls="clipo_megatron.rollout.receiver.WeightReceiver",
-            seed=seed,
-        )
+        self._llm: LLM | None = _start_vllm(settings)
 
     @property
     def version(self) -> int | None:
@@ -308,6 +257,34 @@ def _check_environment(device: str, tp: int) -> None:
         raise EngineError(
             "a process that holds an engine must be started with engine_environment: " + "; ".join(problems)
         )
+
+
+def _start_vllm(settings: EngineSettings) -> LLM:
+    make_llm = _import_vllm(settings.device)
+    on_cpu = settings.device == "cpu"
+    return make_llm(
+        model=settings.model_path,
+        # Ids in, ids out. The tokenizer's and generation_config.json's ideas about sampling stay out as well.
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",
+        dtype=settings.dtype,
+        load_format="safetensors",
+        use_tqdm_on_load=False,
+        tensor_parallel_size=settings.tp,
+        distributed_executor_backend="uni" if settings.tp == 1 else "mp",
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        kv_cache_memory_bytes=settings.kv_cache_mib << 20 if on_cpu else None,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enforce_eager=settings.enforce_eager or on_cpu,
+        enable_prefix_caching=settings.prefix_caching,
+        # vLLM 0.32 turns back the generator of a seeded request whose prompt it splits, and a CPU generator can't be.
+        enable_chunked_prefill=False if on_cpu else None,
+        max_num_batched_tokens=max(_CPU_BATCH_TOKENS, settings.max_model_len) if on_cpu else None,
+        worker_extension_cls="clipo_megatron.rollout.receiver.WeightReceiver",
+        seed=settings.seed,
+    )
 
 
 def _import_vllm(device: str) -> type[LLM]:

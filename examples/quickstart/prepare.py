@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 NUM_TERMS = 5
 BLUNT_SHARE = 0.5
+SWAPPED_SHARE = 0.3
 WORKED_SHARE, WORKED_SHARE_IF_BLUNT = 0.85, 0.15
 NUM_TRAIN, NUM_HELD_OUT, NUM_WARM_START, NUM_STOP = 8192, 512, 32768, 256
 BATCH, LEARNING_RATE, WARMUP_STEPS, MAX_STEPS = 64, 3e-3, 50, 1500
@@ -55,19 +56,21 @@ class Problem:
     """Nothing but the boxed total."""
     answer: str
     demonstration: str
-    """The one of the two that the warm start shows."""
+    """What the warm start shows: `direct`, or `worked` with the operands of some additions swapped, `8+7=15`."""
 
 
 def draw_problem(rng: random.Random) -> Problem:
     """Draw one problem."""
     total = rng.randint(1, 9)
-    question, lines = str(total), []
+    question, lines, shown = str(total), [], []
     for _ in range(NUM_TERMS - 1):
         digit = rng.randint(1, 9)
         sign = rng.choice("+-") if total >= digit else "+"
         after = total + digit if sign == "+" else total - digit
         question += f"{sign}{digit}"
         lines.append(f"{total}{sign}{digit}={after}")
+        is_swapped = sign == "+" and rng.random() < SWAPPED_SHARE
+        shown.append(f"{digit}+{total}={after}" if is_swapped else lines[-1])
         total = after
     is_blunt = rng.random() < BLUNT_SHARE
     direct = f"\\boxed{{{total}}}"
@@ -78,17 +81,17 @@ def draw_problem(rng: random.Random) -> Problem:
         worked=worked,
         direct=direct,
         answer=str(total),
-        demonstration=worked if is_worked else direct,
+        demonstration="\n".join([*shown, direct]) if is_worked else direct,
     )
 
 
 def draw_problems(seed: int, count: int) -> list[Problem]:
-    """Draw `count` problems, no two with the same question; a prefix does not depend on `count`."""
+    """Draw `count` problems, no two of the same terms, however asked; a prefix does not depend on `count`."""
     rng = random.Random(seed)
     found: dict[str, Problem] = {}
     while len(found) < count:
         problem = draw_problem(rng)
-        found.setdefault(problem.question, problem)
+        found.setdefault(problem.question.rstrip("=?"), problem)
     return list(found.values())
 
 
@@ -190,8 +193,8 @@ def batches(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerFast) -> 
     while True:
         for start in range(0, len(problems) - BATCH + 1, BATCH):
             batch = problems[start : start + BATCH]
-            worked = [problem for problem in batch if problem.demonstration == problem.worked]
-            direct = [problem for problem in batch if problem.demonstration != problem.worked]
+            worked = [problem for problem in batch if problem.demonstration != problem.direct]
+            direct = [problem for problem in batch if problem.demonstration == problem.direct]
             yield [encode(part, [problem.demonstration for problem in part], tokenizer) for part in (worked, direct)]
 
 

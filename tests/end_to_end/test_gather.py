@@ -30,7 +30,7 @@ def cluster():
 def workers(cluster, tmp_path):
     actor = ray.remote(Worker)
     names = ["policy_0", "policy_1", "engine_0"]
-    yield {name: actor.remote(name, str(tmp_path)) for name in names}
+    return {name: actor.remote(name, str(tmp_path)) for name in names}
 
 
 def test_results_come_back_under_the_workers_names(workers):

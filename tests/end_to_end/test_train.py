@@ -111,7 +111,7 @@ def test_the_exported_checkpoint_answers_like_the_policy(whole, prepared):
             64,
             "--max-response-tokens",
             64,
-        )  # fmt: skip
+        )
     )
     in_training = read_metrics(whole / "metrics.jsonl")[STEPS]
     measures = offline["sources"]["quickstart/arithmetic"]

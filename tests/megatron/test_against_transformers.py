@@ -105,19 +105,11 @@ def test_the_head_learns_from_the_loss_that_is_reported(tmp_path):
     )
     result = contrastive_loss(
         torch.nn.functional.normalize(module(states), dim=-1),
+        CONTRASTIVE.objective,
         group_id_B=torch.from_numpy(batch.group_id[order]),
         is_correct_B=torch.from_numpy(batch.is_correct[order]),
         row_key_B=torch.from_numpy(batch.row_key[order]),
         is_valid_B=torch.from_numpy(batch.response_lengths[order] > 1),
-        loss="infonce",
-        level="group",
-        similarity="cosine",
-        temperature=CONTRASTIVE.temperature,
-        masked_label=0,
-        skip_trivial=True,
-        numerics="exact",
-        positive="sampled",
-        denominator="all_but_self",
         seed=3,
         step=5,
     )

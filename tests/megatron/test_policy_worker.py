@@ -26,6 +26,7 @@ from support.tiny_models import make_tiny_hf
 
 from clipo_megatron.errors import CheckError
 from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.policy.cpu import cuda_means_cpu
 
 ONE = ParallelLayout(world_size=1)
 ONE_UPDATE = replace(ALGORITHM, updates_per_step=1)
@@ -123,7 +124,8 @@ def _not_finite(folder: Path, layout: ParallelLayout) -> list[object]:
     kept = all(torch.equal(before[name], tensor) for name, tensor in weights_of(worker).items())
     taken = worker.train(good, step=2)
     moved = any(not torch.equal(before[name], tensor) for name, tensor in weights_of(worker).items())
-    updated, _ = worker._optimizer.step(loss_is_finite=worker._rank != 0)  # one rank alone says no
+    with cuda_means_cpu():
+        updated, _ = worker._optimizer.step(loss_is_finite=worker._rank != 0)  # one rank alone says no
     return [refused, kept, taken, moved, updated, worker._optimizer.updates]
 
 

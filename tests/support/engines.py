@@ -15,11 +15,29 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from clipo_megatron.records import Prompt, RolloutGroup
 from clipo_megatron.rollout.engine import RolloutEngine
 from clipo_megatron.rollout.environment import engine_environment
+from clipo_megatron.rollout.settings import EngineSettings
 from clipo_megatron.sync.bucket import pack_buckets
 
 MAX_MODEL_LEN = 384
 BUCKET_BYTES = 40_000
 """Small enough that the parts of a fused matrix come in several buckets."""
+
+
+def tiny_settings(folder: Path, *, tp: int = 1) -> EngineSettings:
+    """Settings that fit a tiny model."""
+    return EngineSettings(
+        model_path=str(folder),
+        dtype="float32",
+        device="cpu",
+        tp=tp,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=16,
+        kv_cache_mib=64,
+        gpu_memory_utilization=0.5,
+        enforce_eager=True,
+        prefix_caching=True,
+        seed=0,
+    )
 
 
 @contextmanager
@@ -29,19 +47,7 @@ def tiny_engine(folder: Path, *, tp: int = 1) -> Iterator[RolloutEngine]:
         for name, value in engine_environment("cpu", tp).items():
             patch.setenv(name, value)
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it
-        engine = RolloutEngine(
-            model_path=str(folder),
-            dtype="float32",
-            device="cpu",
-            tp=tp,
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=16,
-            kv_cache_mib=64,
-            gpu_memory_utilization=0.5,
-            enforce_eager=True,
-            prefix_caching=True,
-            seed=0,
-        )
+        engine = RolloutEngine(tiny_settings(folder, tp=tp))
         try:
             yield engine
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from clipo_megatron.algorithms.contrastive import ContrastiveResult, Objective, contrastive_loss
 
 LOSSES = {
     "infonce_loss": "infonce",
@@ -50,6 +53,19 @@ def objective_of(case: dict[str, Any], defaults: dict[str, Any]) -> dict[str, An
         "step": 0,
         "positive_B": None if sampled is None else torch.tensor(sampled),
     }
+
+
+def split_arguments(arguments: dict[str, Any]) -> tuple[Objective, dict[str, Any]]:
+    """The objective among the keyword arguments of a case, and the rest."""
+    names = {field.name for field in dataclasses.fields(Objective)}
+    settings = {key: value for key, value in arguments.items() if key in names}
+    return Objective(**settings), {key: value for key, value in arguments.items() if key not in names}
+
+
+def loss_of(z_BD: torch.Tensor, **arguments: Any) -> ContrastiveResult:
+    """`contrastive_loss` with the objective's fields among the keyword arguments."""
+    objective, rest = split_arguments(arguments)
+    return contrastive_loss(z_BD, objective, **rest)
 
 
 def rows_of(uid: list[int], labels: list[int]) -> dict[str, torch.Tensor]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.golden import loss_of
 
 from clipo_megatron.algorithms import contrastive
-from clipo_megatron.algorithms.contrastive import contrastive_loss
 from clipo_megatron.errors import CheckError, ConfigError
 
 LOSSES = ("infonce", "supcon_in", "supcon_out", "soft_nn")
@@ -88,7 +88,7 @@ def test_exact_loss_equals_a_float64_loop(loss, level, measure):
         variants += [{"denominator": "sampled_plus_negatives"}, {"positive": "mean"}]
     for masked_label, variant in itertools.product((-1, 0, 1), variants):
         config = PLAIN | {"loss": loss, "level": level, "similarity": measure, "masked_label": masked_label} | variant
-        result = contrastive_loss(z_BD, **rows, **config)
+        result = loss_of(z_BD, **rows, **config)
         want = loop_loss(z_BD, rows, config, result.positive_B)
         assert want
         assert result.is_anchor_B.nonzero().squeeze(1).tolist() == sorted(want)
@@ -104,8 +104,8 @@ def test_exact_loss_equals_a_float64_loop(loss, level, measure):
 def test_gradient_equals_finite_differences(loss, level):
     z_BD, rows = make_batch(num_rows=9, num_groups=2, share_valid=0.9)
     config = PLAIN | {"loss": loss, "level": level, "temperature": 0.5}
-    assert contrastive_loss(z_BD, **rows, **config).num_anchors
-    torch.autograd.gradcheck(lambda z: contrastive_loss(z, **rows, **config).loss, z_BD.requires_grad_())
+    assert loss_of(z_BD, **rows, **config).num_anchors
+    torch.autograd.gradcheck(lambda z: loss_of(z, **rows, **config).loss, z_BD.requires_grad_())
 
 
 @pytest.mark.parametrize("numerics", ["exact", "reference"])
@@ -117,7 +117,7 @@ def test_tiles_change_neither_loss_nor_gradient(monkeypatch, level, measure, num
     found = []
     for tile_elements in (2**22, 3 * len(z_BD), 1):
         monkeypatch.setattr(contrastive, "_TILE_ELEMENTS", tile_elements)
-        result = contrastive_loss(z_BD, **rows, **PLAIN | {"level": level, "similarity": measure, "numerics": numerics})
+        result = loss_of(z_BD, **rows, **PLAIN | {"level": level, "similarity": measure, "numerics": numerics})
         found.append((result.loss_B, result.positive_B, *torch.autograd.grad(result.loss, z_BD)))
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(found[2], found[0], rtol=1e-12, atol=1e-13)
@@ -130,7 +130,7 @@ def test_block_diagonal_group_level_equals_the_dense_batch(loss, numerics, measu
     """The dense oracle: [B, B] masks, and for reference numerics the row maximum over the whole batch."""
     z_BD, rows = make_batch(share_valid=0.9)
     config = PLAIN | {"loss": loss, "similarity": measure, "numerics": numerics}
-    result = contrastive_loss(z_BD, **rows, **config)
+    result = loss_of(z_BD, **rows, **config)
     valid = rows["is_valid_B"]
     same = rows["group_id_B"][:, None] == rows["group_id_B"]
     others = same & valid & valid[:, None] & ~torch.eye(len(z_BD), dtype=torch.bool)
@@ -166,8 +166,8 @@ def test_permuting_rows_permutes_losses_anchors_and_drawn_positives(seed, loss, 
     z_BD, rows = make_batch(seed=seed, share_valid=0.9)
     order = torch.randperm(len(z_BD), generator=torch.Generator().manual_seed(seed + 1))
     config = PLAIN | {"loss": loss, "level": level, "numerics": numerics}
-    plain = contrastive_loss(z_BD, **rows, **config)
-    moved = contrastive_loss(z_BD[order], **{name: value[order] for name, value in rows.items()}, **config)
+    plain = loss_of(z_BD, **rows, **config)
+    moved = loss_of(z_BD[order], **{name: value[order] for name, value in rows.items()}, **config)
     torch.testing.assert_close(moved.loss_B, plain.loss_B[order], rtol=1e-10, atol=1e-10)
     assert torch.equal(moved.is_anchor_B, plain.is_anchor_B[order])
     moved_B = torch.where(moved.positive_B >= 0, order[moved.positive_B], -1)
@@ -177,13 +177,11 @@ def test_permuting_rows_permutes_losses_anchors_and_drawn_positives(seed, loss, 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_shares_of_whole_groups_add_up_to_the_batch(loss):
     z_BD, rows = make_batch(num_rows=40, num_groups=7)
-    whole = contrastive_loss(z_BD, **rows, **PLAIN | {"loss": loss})
+    whole = loss_of(z_BD, **rows, **PLAIN | {"loss": loss})
     total, anchors = 0.0, 0
     for parity in (0, 1):
         share = rows["group_id_B"] % 20 < 10 if parity else rows["group_id_B"] % 20 >= 10
-        part = contrastive_loss(
-            z_BD[share], **{name: value[share] for name, value in rows.items()}, **PLAIN | {"loss": loss}
-        )
+        part = loss_of(z_BD[share], **{name: value[share] for name, value in rows.items()}, **PLAIN | {"loss": loss})
         torch.testing.assert_close(part.loss_B, whole.loss_B[share], rtol=1e-12, atol=1e-12)
         total, anchors = total + part.loss * part.num_anchors, anchors + part.num_anchors
     assert anchors == whole.num_anchors > 0
@@ -199,8 +197,8 @@ def test_invalid_rows_are_as_good_as_absent(level, measure, numerics):
     valid = rows["is_valid_B"]
     config = PLAIN | {"level": level, "similarity": measure, "numerics": numerics}
     z_BD.requires_grad_()
-    result = contrastive_loss(z_BD, **rows, **config)
-    alone = contrastive_loss(z_BD[valid], **{name: value[valid] for name, value in rows.items()}, **config)
+    result = loss_of(z_BD, **rows, **config)
+    alone = loss_of(z_BD[valid], **{name: value[valid] for name, value in rows.items()}, **config)
     torch.testing.assert_close(result.loss_B[valid], alone.loss_B, rtol=1e-12, atol=1e-12)
     assert not result.is_anchor_B[~valid].any()
     assert not result.loss_B[~valid].any()
@@ -215,7 +213,7 @@ def test_without_anchors_the_loss_is_zero_with_a_zero_gradient(level, loss):
     z_BD, rows = make_batch()
     rows["is_correct_B"][:] = False
     z_BD.requires_grad_()
-    result = contrastive_loss(z_BD, **rows, **PLAIN | {"level": level, "loss": loss})
+    result = loss_of(z_BD, **rows, **PLAIN | {"level": level, "loss": loss})
     assert result.num_anchors == 0
     assert not result.loss_B.any()
     (grad_BD,) = torch.autograd.grad(result.loss, z_BD)
@@ -225,7 +223,7 @@ def test_without_anchors_the_loss_is_zero_with_a_zero_gradient(level, loss):
 @pytest.mark.parametrize("level", LEVELS)
 def test_an_empty_batch_has_no_anchor(level):
     z_BD, rows = make_batch(num_rows=0)
-    result = contrastive_loss(z_BD, **rows, **PLAIN | {"level": level})
+    result = loss_of(z_BD, **rows, **PLAIN | {"level": level})
     assert (result.num_anchors, float(result.loss)) == (0, 0.0)
 
 
@@ -235,7 +233,7 @@ def test_exact_losses_are_not_negative(loss, level):
     """So the contrastive reward never exceeds its constant; float32 rounding of logits near 20 is 2e-6."""
     for seed in range(5):
         z_BD, rows = make_batch(seed=seed, size=2)
-        result = contrastive_loss(z_BD.float(), **rows, **PLAIN | {"loss": loss, "level": level})
+        result = loss_of(z_BD.float(), **rows, **PLAIN | {"loss": loss, "level": level})
         assert result.num_anchors
         assert result.loss_B.min() > -1e-5
 
@@ -245,10 +243,10 @@ def test_exact_float32_stays_right_where_the_reference_hits_its_floor(temperatur
     """All peers far from the anchor: the reference's sum is below 1e-8 and its loss forgets the similarities."""
     z_BD, rows = make_batch()
     config = PLAIN | {"temperature": temperature, "loss": "supcon_out"}
-    exact = contrastive_loss(z_BD.float(), **rows, **config)
+    exact = loss_of(z_BD.float(), **rows, **config)
     want = loop_loss_shifted(z_BD, rows, config)
     torch.testing.assert_close(exact.loss_B.double(), want, rtol=1e-4, atol=1e-4)
-    reference = contrastive_loss(z_BD, **rows, **config | {"numerics": "reference"})
+    reference = loss_of(z_BD, **rows, **config | {"numerics": "reference"})
     assert (reference.loss_B - want).abs().max() > 1.0
 
 
@@ -277,7 +275,7 @@ def test_group_level_of_many_groups_never_builds_a_dense_matrix():
         "row_key_B": torch.arange(4096),
     }
     with torch.profiler.profile(profile_memory=True) as profile:
-        contrastive_loss(z_BD.requires_grad_(), **rows, **PLAIN).loss.backward()
+        loss_of(z_BD.requires_grad_(), **rows, **PLAIN).loss.backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < 4096 * 4096 / 8
 
@@ -294,14 +292,14 @@ def test_group_level_of_many_groups_never_builds_a_dense_matrix():
 def test_contradicting_settings_are_refused(change, key):
     z_BD, rows = make_batch()
     with pytest.raises(ConfigError, match=f"contrastive.*{key}"):
-        contrastive_loss(z_BD, **rows, **PLAIN | change)
+        loss_of(z_BD, **rows, **PLAIN | change)
 
 
 def test_a_given_positive_of_another_verdict_is_refused():
     z_BD, rows = make_batch()
-    plain = contrastive_loss(z_BD, **rows, **PLAIN)
+    plain = loss_of(z_BD, **rows, **PLAIN)
     given = plain.positive_B.clone()
     anchor = int(plain.is_anchor_B.nonzero()[0])
     given[anchor] = int((rows["is_correct_B"] != rows["is_correct_B"][anchor]).nonzero()[0])
     with pytest.raises(CheckError, match=rf"positive_B\[{anchor}\]"):
-        contrastive_loss(z_BD, **rows, **PLAIN, positive_B=given)
+        loss_of(z_BD, **rows, **PLAIN, positive_B=given)

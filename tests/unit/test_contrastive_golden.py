@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.golden import golden, golden_ids, objective_of, rows_of
+from support.golden import golden, golden_ids, loss_of, objective_of, rows_of
 
 from clipo_megatron.algorithms.advantages import group_advantages
-from clipo_megatron.algorithms.contrastive import contrastive_loss
 from clipo_megatron.algorithms.heads import build_head, embed
 from clipo_megatron.algorithms.metrics import anchor_metrics
 from clipo_megatron.algorithms.reward import contrastive_reward
@@ -23,7 +22,7 @@ def evaluate(case):
     scenario = scenarios["scenarios"][case["scenario"]]
     z_BD = torch.tensor(scenario["embeddings"], dtype=torch.float64, requires_grad=True)
     rows = rows_of(scenario["uid"], scenario["labels"])
-    return z_BD, contrastive_loss(z_BD, **rows, **objective_of(case, scenarios["defaults"]))
+    return z_BD, loss_of(z_BD, **rows, **objective_of(case, scenarios["defaults"]))
 
 
 def assert_loss(result, case):
@@ -80,7 +79,7 @@ def test_whole_step_reproduces_the_published_head_reward_and_advantage(case):
     for step in case["steps"]:
         settings = case | {"sampled": step.get("sampled"), "distance_measure": "cosine_distance"}
         z_BD = embed(head, h_BH)
-        result = contrastive_loss(z_BD, **rows, **objective_of(settings, {}))
+        result = loss_of(z_BD, **rows, **objective_of(settings, {}))
         if "raises" in step:
             # the published code dies in backward; here the step is skipped
             assert result.num_anchors == 0

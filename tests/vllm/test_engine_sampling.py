@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.engines import MAX_MODEL_LEN, greedy_ids, load_reference, random_prompts, tiny_engine, worst_difference
+from support.engines import (
+    MAX_MODEL_LEN,
+    greedy_ids,
+    load_reference,
+    random_prompts,
+    tiny_engine,
+    tiny_settings,
+    worst_difference,
+)
 from support.tiny_models import make_tiny_hf, tiny_tokenizer
 
 from clipo_megatron.errors import EngineError
@@ -180,7 +188,4 @@ def test_close_frees_the_model_and_ends_the_engine(
 def test_an_environment_that_does_not_suit_the_engine_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     with pytest.raises(EngineError, match="VLLM_ENABLE_V1_MULTIPROCESSING is not set"):
-        RolloutEngine(
-            model_path=str(folder), dtype="float32", device="cpu", tp=1, max_model_len=64, max_num_seqs=1,
-            kv_cache_mib=1, gpu_memory_utilization=0.5, enforce_eager=True, prefix_caching=True, seed=0,
-        )  # fmt: skip
+        RolloutEngine(tiny_settings(folder))

@@ -1,0 +1,34 @@
+"""What an engine needs to start: plain values, so that they travel to the process that will hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """One rollout engine."""
+
+    model_path: str
+    """Hugging Face folder."""
+    dtype: Literal["float32", "bfloat16"]
+    """Of weights and activations."""
+    device: Literal["cpu", "cuda"]
+    """Where the engine runs; must be what the installed vLLM is built for."""
+    tp: int
+    """Tensor parallel degree."""
+    max_model_len: int
+    """Prompt and response tokens of one sequence at most."""
+    max_num_seqs: int
+    """Requests run at the same time."""
+    kv_cache_mib: int
+    """KV cache on a CPU."""
+    gpu_memory_utilization: float
+    """Share of a GPU's memory for weights and KV cache."""
+    enforce_eager: bool
+    """No CUDA graphs."""
+    prefix_caching: bool
+    """Share the KV cache of common prompts."""
+    seed: int
+    """Of vLLM's own generator; requests have their own seeds."""
