@@ -16,7 +16,7 @@ from clipo_megatron.cluster.worker_log import LoggedWorker, reports_failure
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Scores, TrainReport, WeightBucket
 
 if TYPE_CHECKING:
-    from clipo_megatron.cluster.settings import PolicySettings
+    from clipo_megatron.policy.settings import PolicySettings
     from clipo_megatron.rollout.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
@@ -25,10 +25,14 @@ logger = logging.getLogger(__name__)
 class PolicyActor(LoggedWorker):
     """One rank of the policy."""
 
-    def __init__(self, rank: int, settings: PolicySettings) -> None:
-        self.open_log(f"policy_{rank}", settings.log_folder)
+    def __init__(
+        self, rank: int, settings: PolicySettings, *, bucket_bytes: int, timeout_s: float, log_folder: str
+    ) -> None:
+        self.open_log(f"policy_{rank}", log_folder)
         self._rank = rank
         self._settings = settings
+        self._bucket_bytes = bucket_bytes
+        self._timeout_s = timeout_s
         logger.info("rank %d is process %d", rank, os.getpid())
         self._stream: Iterator[WeightBucket] | None = None
 
@@ -51,7 +55,7 @@ class PolicyActor(LoggedWorker):
         from clipo_megatron.policy.worker import PolicyWorker
 
         settings, world_size = self._settings, self._settings.layout.world_size
-        timeout = timedelta(seconds=settings.timeout_s)
+        timeout = timedelta(seconds=self._timeout_s)
         if self._rank:
             self._store = TCPStore(host, port, world_size, is_master=False, timeout=timeout)
         if settings.device == "cuda":
@@ -65,21 +69,7 @@ class PolicyActor(LoggedWorker):
             world_size=world_size,
             timeout=timeout,
         )
-        self._worker = PolicyWorker(
-            model_path=settings.model_path,
-            layout=settings.layout,
-            rank=self._rank,
-            dtype=settings.dtype,
-            device=settings.device,
-            sequence_parallel=settings.sequence_parallel,
-            micro_batch_tokens=settings.micro_batch_tokens,
-            recompute=settings.recompute,
-            temperature=settings.temperature,
-            algorithm=settings.algorithm,
-            contrastive=settings.contrastive,
-            optimizer=settings.optimizer,
-            seed=settings.seed,
-        )
+        self._worker = PolicyWorker(settings, rank=self._rank)
 
     @reports_failure
     def score(self, batch: RolloutBatch, step: int, with_reference: bool) -> Scores | None:
@@ -106,7 +96,7 @@ class PolicyActor(LoggedWorker):
         """Make ready to hand out this stage's weights as buckets, numbered from `first_index`."""
         from clipo_megatron.sync.bucket import pack_buckets
 
-        buckets = pack_buckets(self._worker.hf_tensors(), version=version, bucket_bytes=self._settings.bucket_bytes)
+        buckets = pack_buckets(self._worker.hf_tensors(), version=version, bucket_bytes=self._bucket_bytes)
         self._stream = (replace(bucket, index=first_index + number) for number, bucket in enumerate(buckets))
 
     @reports_failure

@@ -12,24 +12,38 @@ import ray
 from clipo_megatron.checkpoint.export import export_hf
 from clipo_megatron.cluster.actors import PolicyActor
 from clipo_megatron.cluster.gather import gather
-from clipo_megatron.cluster.settings import PolicySettings
+from clipo_megatron.policy.settings import PolicySettings
 from clipo_megatron.records import RolloutBatch, Scores, TrainReport, WeightBucket
 
 
 class RayPolicy:
     """Starts one actor a rank and speaks to all of them at once."""
 
-    def __init__(self, settings: PolicySettings, *, actor_options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: PolicySettings,
+        *,
+        actor_options: dict[str, Any],
+        bucket_bytes: int,
+        timeout_s: float,
+        log_folder: Path,
+    ) -> None:
         """Create the actors; `start` makes them build the model.
 
         Args:
             settings: shared by all ranks.
             actor_options: Ray's resources and environment of one rank.
+            bucket_bytes: size of a weight bucket.
+            timeout_s: deadline of one phase on all ranks.
+            log_folder: of the ranks' logs.
         """
         self._settings = settings
+        self._timeout_s = timeout_s
         actor = ray.remote(PolicyActor)
         self._actors = [
-            actor.options(name=f"policy_{rank}", **actor_options).remote(rank, settings)
+            actor.options(name=f"policy_{rank}", **actor_options).remote(
+                rank, settings, bucket_bytes=bucket_bytes, timeout_s=timeout_s, log_folder=str(log_folder.resolve())
+            )
             for rank in range(settings.layout.world_size)
         ]
 
@@ -76,7 +90,7 @@ class RayPolicy:
             sender = self._actors[ranks[0]]
             pending = sender.next_bucket.remote()
             while True:
-                bucket = gather({f"policy_{ranks[0]}": pending}, phase="sync", timeout_s=self._settings.timeout_s)[
+                bucket = gather({f"policy_{ranks[0]}": pending}, phase="sync", timeout_s=self._timeout_s)[
                     f"policy_{ranks[0]}"
                 ]
                 if bucket is None:
@@ -84,14 +98,14 @@ class RayPolicy:
                 ready, pending = pending, sender.next_bucket.remote()
                 yield ready, len(bucket.specs)
                 number += 1
-            gather(others, phase="sync", timeout_s=self._settings.timeout_s)
+            gather(others, phase="sync", timeout_s=self._timeout_s)
 
     def _all(self, phase: str, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
         return self._call(range(len(self._actors)), phase, call)
 
     def _call(self, ranks: Sequence[int], phase: str, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
         refs = {f"policy_{rank}": call(self._actors[rank]) for rank in ranks}
-        return list(gather(refs, phase=phase, timeout_s=self._settings.timeout_s).values())
+        return list(gather(refs, phase=phase, timeout_s=self._timeout_s).values())
 
     def _one_result(self, results: Sequence[Any]) -> Any:  # noqa: ANN401 (Scores or TrainReport)
         """What the one reporting rank returned."""

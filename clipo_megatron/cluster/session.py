@@ -57,8 +57,11 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
     """
     rollout, gpus = recipe.rollout, 1 if device == "cuda" else 0
     policy = RayPolicy(
-        policy_settings(recipe, device=device, log_folder=log_folder),
+        policy_settings(recipe, device=device),
         actor_options=_options(cpus=1, gpus=gpus, environment=_THREADS if device == "cpu" else {}),
+        bucket_bytes=recipe.sync.bucket_mib << 20,
+        timeout_s=recipe.run.worker_timeout_s,
+        log_folder=log_folder,
     )
     engines = RayEngines(
         rollout.engines,

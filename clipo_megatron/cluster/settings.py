@@ -1,43 +1,20 @@
-"""What an actor needs to start, taken out of the recipe on the driver. Plain values: they travel to the actors."""
+"""What the actors need to start, taken out of the recipe on the driver."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from clipo_megatron.algorithms.contrastive import Objective
 from clipo_megatron.parallel.layout import ParallelLayout
-from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings
+from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings, PolicySettings
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.rollout.settings import EngineSettings
 
 Device = Literal["cpu", "cuda"]
-Dtype = Literal["float32", "bfloat16"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PolicySettings:
-    """Arguments of `PolicyWorker` that all ranks share, and of the actor around it."""
-
-    model_path: Path
-    layout: ParallelLayout
-    dtype: Dtype
-    device: Device
-    sequence_parallel: bool
-    micro_batch_tokens: int
-    recompute: Literal["none", "full"]
-    temperature: float
-    algorithm: AlgorithmSettings
-    contrastive: ContrastiveSettings | None
-    optimizer: OptimizerSettings
-    seed: int
-    bucket_bytes: int
-    timeout_s: float
-    log_folder: str
-
-
-def policy_settings(recipe: Recipe, *, device: Device, log_folder: Path) -> PolicySettings:
+def policy_settings(recipe: Recipe, *, device: Device) -> PolicySettings:
     """The trainer's side of a recipe."""
     algorithm, contrastive, optimizer = recipe.algorithm, recipe.contrastive, recipe.optimizer
     return PolicySettings(
@@ -89,9 +66,6 @@ def policy_settings(recipe: Recipe, *, device: Device, log_folder: Path) -> Poli
             warmup_updates=optimizer.warmup_updates,
         ),
         seed=recipe.run.seed,
-        bucket_bytes=recipe.sync.bucket_mib << 20,
-        timeout_s=recipe.run.worker_timeout_s,
-        log_folder=str(log_folder.resolve()),
     )
 
 

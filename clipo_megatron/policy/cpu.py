@@ -31,7 +31,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         types: tuple[type, ...],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    ) -> Any:  # noqa: ANN401 (torch's own signature)
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # the optimizers compare with CUDA's names

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from clipo_megatron.algorithms.contrastive import Objective
+from clipo_megatron.parallel.layout import ParallelLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,3 +50,31 @@ class OptimizerSettings:
     clip_grad: float = 1.0
     warmup_updates: int = 0
     """Optimizer steps of linear warm-up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicySettings:
+    """What all ranks of a policy share."""
+
+    model_path: Path
+    """Hugging Face folder: the policy to start from, and the reference policy."""
+    layout: ParallelLayout
+    """How the ranks are split."""
+    dtype: Literal["float32", "bfloat16"]
+    """Of the parameters; master weights and moments are float32."""
+    device: Literal["cpu", "cuda"]
+    """Where it runs. On "cuda" the process's current device must be its rank's."""
+    sequence_parallel: bool
+    """Split activations along the tokens between the tp ranks; no effect at tp = 1."""
+    micro_batch_tokens: int
+    """Packed tokens of one forward at most."""
+    recompute: Literal["none", "full"]
+    """full stores only each layer's input."""
+    temperature: float
+    """Of the sampling; logits are divided by it."""
+    algorithm: AlgorithmSettings
+    contrastive: ContrastiveSettings | None
+    """None runs the plain baseline, without a head."""
+    optimizer: OptimizerSettings
+    seed: int
+    """Of the head's start and of the drawn positives."""

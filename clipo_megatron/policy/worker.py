@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from clipo_megatron.data.packing import plan_micro_batches
 from clipo_megatron.errors import CheckError
-from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.parallel.logprob import vocab_parallel_logprob
 from clipo_megatron.policy import state as training_state
 from clipo_megatron.policy.contrast import ContrastiveHead
@@ -27,7 +26,7 @@ from clipo_megatron.policy.model import build_model, transformer_config
 from clipo_megatron.policy.optimizer import PolicyOptimizer, wrap_model
 from clipo_megatron.policy.schedule import FinalStates
 from clipo_megatron.policy.score import PooledStates, Pooling, TokenScores, score_batch
-from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings
+from clipo_megatron.policy.settings import PolicySettings
 from clipo_megatron.policy.train import PolicyLoss, summarize, update, update_shares
 from clipo_megatron.policy.weight_io import load_hf_weights, mark_split_parameters, stage_hf_tensors
 from clipo_megatron.records import RolloutBatch, Scores, TrainReport
@@ -59,92 +58,62 @@ class PolicyWorker:
     Collectives: all methods but `save` are collective over all ranks; `hf_tensors` over the tp ranks of a stage.
     """
 
-    def __init__(
-        self,
-        *,
-        model_path: Path,
-        layout: ParallelLayout,
-        rank: int,
-        dtype: str,
-        device: Literal["cpu", "cuda"],
-        sequence_parallel: bool,
-        micro_batch_tokens: int,
-        recompute: Literal["none", "full"],
-        temperature: float,
-        algorithm: AlgorithmSettings,
-        contrastive: ContrastiveSettings | None,
-        optimizer: OptimizerSettings,
-        seed: int,
-    ) -> None:
+    def __init__(self, settings: PolicySettings, *, rank: int) -> None:
         """Build the model and load this rank's slices of the weights.
-
-        Args:
-            model_path: Hugging Face folder: the policy to start from, and the reference policy.
-            layout: how the ranks are split.
-            rank: of this process.
-            dtype: "float32" or "bfloat16", of the parameters; master weights and moments are float32.
-            device: where it runs. On "cuda" the current device must be this rank's.
-            sequence_parallel: split activations along the tokens between the tp ranks; no effect at tp = 1.
-            micro_batch_tokens: packed tokens of one forward at most.
-            recompute: "full" stores only each layer's input.
-            temperature: of the sampling; logits are divided by it.
-            algorithm: the policy loss.
-            contrastive: the head; None runs the plain baseline, without a head.
-            optimizer: of the policy.
-            seed: of the head's start and of the drawn positives.
 
         Raises:
             ConfigError: the folder or the layout can't be used.
             CheckError: the ranks that run are not those of the layout.
         """
-        self._layout, self._rank = layout, rank
+        layout, device = settings.layout, settings.device
+        self._settings, self._layout, self._rank = settings, layout, rank
         self._device = torch.device("cpu") if device == "cpu" else torch.device("cuda", torch.cuda.current_device())
         self._scope: Callable[[], AbstractContextManager[None]] = (
             cuda_means_cpu if device == "cpu" else contextlib.nullcontext
         )
-        self._model_path = Path(model_path)
-        self._architecture = read_architecture(self._model_path)
-        self._dtype = _DTYPES[dtype]
-        self._micro_batch_tokens = micro_batch_tokens
-        self._temperature = temperature
-        self._algorithm = algorithm
-        is_split = sequence_parallel and layout.tp > 1
-        self._pad_multiple = layout.tp if is_split else 1
+        self._architecture = read_architecture(settings.model_path)
+        self._is_split = settings.sequence_parallel and layout.tp > 1
+        self._pad_multiple = layout.tp if self._is_split else 1
         with self._scope():
             if device == "cpu":
                 check_version()
-            self._groups = make_groups(layout, seed=seed)
-            config = transformer_config(
-                self._architecture,
-                layout,
-                dtype=self._dtype,
-                device=device,
-                sequence_parallel=is_split,
-                recompute=recompute,
-            )
-            self._gpt = build_model(config, self._architecture, layout, rank=rank, device=device).to(self._device)
-            mark_split_parameters(self._gpt, self._architecture, layout, rank=rank)
-            load_hf_weights(self._gpt, self._model_path, self._architecture, layout, rank=rank)
-            self._states = FinalStates(self._gpt)
-            self._model = wrap_model(self._gpt, config)
-            self._optimizer = PolicyOptimizer(self._model, optimizer, dtype=self._dtype, world=self._groups.world)
+            self._groups = make_groups(layout, seed=settings.seed)
+            self._build_model()
         self._reference: list[Tensor] | None = None
-        if algorithm.kl_coefficient > 0:
+        if settings.algorithm.kl_coefficient > 0:
             # The parameters still hold the model folder's weights, on every start: a resumed run loads its state later.
             self._reference = self._host_copy()
         self._head: ContrastiveHead | None = None
         self._pooling: Pooling | None = None
-        self._contrastive = contrastive
-        if contrastive is not None:
-            self._pooling = Pooling(self._states, pool=contrastive.pool, sp_group=self._groups.tp if is_split else None)
+        if settings.contrastive is not None:
+            sp_group = self._groups.tp if self._is_split else None
+            self._pooling = Pooling(self._states, pool=settings.contrastive.pool, sp_group=sp_group)
             if layout.is_last_stage(rank):
                 self._head = ContrastiveHead(
-                    contrastive,
+                    settings.contrastive,
                     hidden_size=self._architecture.hidden_size,
-                    seed=seed,
+                    seed=settings.seed,
                     dp_group=self._groups.dp,
                     device=self._device,
                 )
+
+    def _build_model(self) -> None:
+        settings, layout, rank = self._settings, self._layout, self._rank
+        dtype = _DTYPES[settings.dtype]
+        config = transformer_config(
+            self._architecture,
+            layout,
+            dtype=dtype,
+            device=settings.device,
+            sequence_parallel=self._is_split,
+            recompute=settings.recompute,
+        )
+        self._gpt = build_model(config, self._architecture, layout, rank=rank, device=settings.device).to(self._device)
+        mark_split_parameters(self._gpt, self._architecture, layout, rank=rank)
+        load_hf_weights(self._gpt, settings.model_path, self._architecture, layout, rank=rank)
+        self._states = FinalStates(self._gpt)
+        self._model = wrap_model(self._gpt, config)
+        self._optimizer = PolicyOptimizer(self._model, settings.optimizer, dtype=dtype, world=self._groups.world)
 
     @property
     def reports(self) -> bool:
@@ -205,11 +174,13 @@ class PolicyWorker:
             CheckError: the batch lacks a column that the loss needs.
         """
         self._states.drop()
-        shares = update_shares(batch.group_id, updates=self._algorithm.updates_per_step, least_rows=self._layout.dp)
+        shares = update_shares(
+            batch.group_id, updates=self._settings.algorithm.updates_per_step, least_rows=self._layout.dp
+        )
         updates: list[tuple[bool, dict[str, float]]] = []
         for rows in shares:
             share = batch.select(rows)
-            loss = PolicyLoss(share, self._algorithm, self._logprob)
+            loss = PolicyLoss(share, self._settings.algorithm, self._logprob)
             updates.append(update(self._model, self._optimizer, self._plan(share), loss, dp_group=self._groups.dp))
             self._states.drop()
         if not self.reports:
@@ -273,7 +244,7 @@ class PolicyWorker:
         plan = plan_micro_batches(
             batch.lengths,
             dp=self._layout.dp,
-            token_budget=self._micro_batch_tokens,
+            token_budget=self._settings.micro_batch_tokens,
             pad_multiple=self._pad_multiple,
         )
         rows = plan.rows[self._layout.dp_rank(self._rank)]
@@ -283,7 +254,7 @@ class PolicyWorker:
         logprob, entropy = vocab_parallel_logprob(
             logits,
             micro_batch.labels,
-            temperature=self._temperature,
+            temperature=self._settings.temperature,
             vocab_size=self._architecture.vocab_size,
             group=self._groups.tp,
         )
@@ -336,11 +307,11 @@ class PolicyWorker:
         return tensors
 
     def _identity(self) -> dict[str, training_state.Plain]:
-        head = self._contrastive
+        head = self._settings.contrastive
         return {
             "layout": asdict(self._layout),
             "rank": self._rank,
-            "dtype": str(self._dtype).removeprefix("torch."),
+            "dtype": self._settings.dtype,
             "architecture": asdict(self._architecture),
             "head": None if head is None else {"kind": head.head, "size": head.head_size},
         }

@@ -98,13 +98,14 @@ def _apply(content: dict[str, Any], override: str) -> str:
     except yaml.YAMLError:
         value = text
     *sections, last = key.split(".")
-    place: Any = content
+    place = content
     for section in sections:
         if place.get(section) is None:
             place[section] = {}
-        place = place[section]
-        if not isinstance(place, dict):
+        inner = place[section]
+        if not isinstance(inner, dict):
             return f"override '{override}': '{section}' is not a section"
+        place = cast("dict[str, Any]", inner)
     place[last] = value
     return ""
 

@@ -27,14 +27,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 NUM_TERMS = 5
-BLUNT_SHARE = 0.5
+BLUNT_SHARE = 0.65
 SWAPPED_SHARE = 0.3
 WORKED_SHARE, WORKED_SHARE_IF_BLUNT = 0.85, 0.15
-NUM_TRAIN, NUM_HELD_OUT, NUM_WARM_START, NUM_STOP = 8192, 512, 32768, 256
-BATCH, LEARNING_RATE, WARMUP_STEPS, MAX_STEPS = 64, 3e-3, 50, 1500
+NUM_TRAIN, NUM_HELD_OUT, NUM_WARM_START, NUM_STOP = 8192, 512, 40960, 720
+BATCH, LEARNING_RATE, WARMUP_STEPS, MAX_STEPS = 80, 3e-3, 50, 1500
 CHECK_EVERY, HOPELESS_LOSS = 5, 0.3
 AVERAGE_DECAY = 0.95
-STOP_AT, BAND = 0.40, (0.30, 0.60)
+STOP_AT, BAND = 0.75, (0.30, 0.60)
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -48,6 +48,8 @@ CHAT_TEMPLATE = (
 class Problem:
     """One chain of additions and subtractions of digits whose running total never falls below zero."""
 
+    is_blunt: bool
+    """Asked without the question mark."""
     question: str
     """`7+8-3+9-4=?` or, the blunt way to ask, `7+8-3+9-4=`."""
     worked: str
@@ -77,6 +79,7 @@ def draw_problem(rng: random.Random) -> Problem:
     worked = "\n".join([*lines, direct])
     is_worked = rng.random() < (WORKED_SHARE_IF_BLUNT if is_blunt else WORKED_SHARE)
     return Problem(
+        is_blunt=is_blunt,
         question=question + ("=" if is_blunt else "=?"),
         worked=worked,
         direct=direct,
@@ -206,7 +209,7 @@ def warm_start(
     stop_problems: Sequence[Problem],
     console: Console,
 ) -> Qwen3ForCausalLM:
-    """Train on worked solutions until the running average of the weights is right on `STOP_AT` of `stop_problems`.
+    """Train on demonstrations until the running average of the weights is right on `STOP_AT` of `stop_problems`.
 
     The average, not the last weights: its accuracy climbs smoothly, so the stop lands close to the mark for any seed.
     """
@@ -262,7 +265,8 @@ def prepare(folder: Path, *, seed: int, console: Console) -> float:
     torch.set_num_threads(2)  # a fixed number: the order of float sums, so the result, depends on it
     problems = draw_problems(seed, NUM_HELD_OUT + NUM_STOP + NUM_TRAIN + NUM_WARM_START)
     held_out, rest = problems[:NUM_HELD_OUT], problems[NUM_HELD_OUT:]
-    stop, rest = rest[:NUM_STOP], rest[NUM_STOP:]
+    stop = [problem for problem in rest[:NUM_STOP] if not problem.is_blunt]
+    rest = rest[NUM_STOP:]
     train, worked = rest[:NUM_TRAIN], rest[NUM_TRAIN:]
 
     partial = folder.with_name(folder.name + ".partial")

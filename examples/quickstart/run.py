@@ -23,7 +23,7 @@ CURVES = (
     ("sampled accuracy", "reward/accuracy"),
     ("response tokens", "rollout/response_length_mean"),
     ("contrastive loss", "contrastive/loss"),
-    ("cosine of right rollouts", "contrastive/cosine_right"),
+    ("cosine of right rollouts", "contrastive/cosine_right_right_mean"),
     ("entropy", "policy/entropy"),
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipo_megatron.parallel.collectives import gather_shards
 from clipo_megatron.parallel.layout import ParallelLayout
-from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings
+from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings, PolicySettings
 from clipo_megatron.policy.weight_io import global_names
 from clipo_megatron.policy.worker import PolicyWorker
 from clipo_megatron.records import RolloutBatch, Scores
@@ -68,10 +68,9 @@ def make_worker(
     optimizer: OptimizerSettings = OPTIMIZER,
 ) -> PolicyWorker:
     """This rank's worker on the CPU."""
-    return PolicyWorker(
+    settings = PolicySettings(
         model_path=folder,
         layout=layout,
-        rank=dist.get_rank(),
         dtype=dtype,
         device="cpu",
         sequence_parallel=sequence_parallel,
@@ -83,6 +82,7 @@ def make_worker(
         optimizer=optimizer,
         seed=3,
     )
+    return PolicyWorker(settings, rank=dist.get_rank())
 
 
 def share_scores(scores: Scores | None, layout: ParallelLayout) -> Scores:

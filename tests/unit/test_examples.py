@@ -141,7 +141,9 @@ def test_every_line_of_an_answer_is_true_and_the_last_is_the_question_s_value():
 def test_blunt_questions_are_mostly_answered_at_once_and_the_others_worked_out():
     problems = prepare.draw_problems(seed=1, count=4000)
     for mark, expected in (("=?", prepare.WORKED_SHARE), ("=", prepare.WORKED_SHARE_IF_BLUNT)):
-        asked = [problem for problem in problems if problem.question.endswith(mark)]
+        asked = [
+            problem for problem in problems if problem.question.endswith(mark) and problem.is_blunt == (mark == "=")
+        ]
         share = sum(problem.demonstration != problem.direct for problem in asked) / len(asked)
         assert abs(share - expected) < 4 * (0.25 / len(asked)) ** 0.5  # four standard deviations
 
