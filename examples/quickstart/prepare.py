@@ -10,7 +10,6 @@ import argparse
 import json
 import random
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
-NUM_TERMS = 5
-BLUNT_SHARE = 0.65
+NUM_TERMS = 6
+BLUNT_SHARE = 0.6
 SWAPPED_SHARE = 0.3
 WORKED_SHARE, WORKED_SHARE_IF_BLUNT = 0.85, 0.15
 NUM_TRAIN, NUM_HELD_OUT, NUM_WARM_START, NUM_STOP = 8192, 512, 40960, 720
-BATCH, LEARNING_RATE, WARMUP_STEPS, MAX_STEPS = 80, 3e-3, 50, 1500
-CHECK_EVERY, HOPELESS_LOSS = 5, 0.3
+BATCH, LEARNING_RATE, WARMUP_STEPS, MAX_STEPS = 64, 3e-3, 50, 1500
+CHECK_EVERY, HOPELESS_LOSS = 10, 0.35
 AVERAGE_DECAY = 0.95
 STOP_AT, BAND = 0.75, (0.30, 0.60)
 
@@ -51,7 +51,7 @@ class Problem:
     is_blunt: bool
     """Asked without the question mark."""
     question: str
-    """`7+8-3+9-4=?` or, the blunt way to ask, `7+8-3+9-4=`."""
+    """`7+8-3+9-4+6=?` or, the blunt way to ask, `7+8-3+9-4+6=`."""
     worked: str
     """One operation a line, `7+8=15`, and the boxed total on the last one."""
     direct: str
@@ -198,7 +198,8 @@ def batches(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerFast) -> 
             batch = problems[start : start + BATCH]
             worked = [problem for problem in batch if problem.demonstration != problem.direct]
             direct = [problem for problem in batch if problem.demonstration == problem.direct]
-            yield [encode(part, [problem.demonstration for problem in part], tokenizer) for part in (worked, direct)]
+            parts = [part for part in (worked, direct) if part]
+            yield [encode(part, [problem.demonstration for problem in part], tokenizer) for part in parts]
 
 
 def warm_start(
@@ -209,16 +210,13 @@ def warm_start(
     stop_problems: Sequence[Problem],
     console: Console,
 ) -> Qwen3ForCausalLM:
-    """Train on demonstrations until the running average of the weights is right on `STOP_AT` of `stop_problems`.
+    """Train on demonstrations until the running average of the weights works out `STOP_AT` of `stop_problems` right.
 
     The average, not the last weights: its accuracy climbs smoothly, so the stop lands close to the mark for any seed.
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
-    stop_batches = [
-        encode(stop_problems, [problem.worked for problem in stop_problems], tokenizer),
-        encode(stop_problems, [problem.direct for problem in stop_problems], tokenizer),
-    ]
+    stop_batch = encode(stop_problems, [problem.worked for problem in stop_problems], tokenizer)
     stream = batches(problems, tokenizer)
     columns = (TextColumn("warm start"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -230,7 +228,7 @@ def warm_start(
             average.update_parameters(policy)
             accuracy = 0.0
             if step % CHECK_EVERY == 0 and loss < HOPELESS_LOSS:
-                accuracy = sum(exact_accuracy(average.module, *batch) for batch in stop_batches)
+                accuracy = exact_accuracy(average.module, *stop_batch)
             if step % 50 == 0 or accuracy:
                 note = f"step {step:4d}  loss {loss:.3f}  accuracy {accuracy:.3f} of {STOP_AT:.2f}"
                 progress.update(task, completed=min(accuracy, STOP_AT), note=note)
@@ -280,6 +278,8 @@ def prepare(folder: Path, *, seed: int, console: Console) -> float:
     policy = warm_start(policy, tokenizer, problems=worked, stop_problems=stop, console=console)
     policy.eval()
     accuracy = greedy_accuracy(policy, held_out, tokenizer)
+    if not BAND[0] <= accuracy <= BAND[1]:
+        raise SystemExit(f"prepare: held-out greedy accuracy {accuracy:.3f} is outside {BAND}; try another --seed")
     policy.save_pretrained(partial / "policy")
     tokenizer.save_pretrained(partial / "policy")
     (partial / "prepared.json").write_text(json.dumps({"seed": seed, "held_out_greedy_accuracy": accuracy}) + "\n")
@@ -294,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     console = Console(width=110)
+    transformers_logging.disable_progress_bar()
     note = args.out / "prepared.json"
     if note.is_file() and json.loads(note.read_text())["seed"] == args.seed:
         console.print(f"{args.out} is there already")
@@ -302,9 +303,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(
         f"warm-started policy in {args.out}: greedy accuracy {accuracy:.3f} on {NUM_HELD_OUT} held-out problems"
     )
-    if not BAND[0] <= accuracy <= BAND[1]:
-        print(f"prepare: greedy accuracy {accuracy:.3f} is outside {BAND}; try another --seed", file=sys.stderr)
-        return 1
     return 0
 
 

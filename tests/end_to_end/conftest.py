@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """Folder with policy/, train.parquet and heldout.parquet of the quickstart, seed 0."""
+    """Folder with policy/, train.parquet and heldout.parquet, as the quickstart's but with shorter problems."""
     spec = importlib.util.spec_from_file_location("prepare", ROOT / "examples" / "quickstart" / "prepare.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["prepare"] = module
     spec.loader.exec_module(module)
-    if os.environ.get("TMP_PREPARED"):
-        return Path(os.environ["TMP_PREPARED"])
     folder = tmp_path_factory.mktemp("quickstart") / "prepared"
+    module.NUM_TERMS, module.STOP_AT = 3, 0.4
+    module.NUM_TRAIN, module.NUM_HELD_OUT, module.NUM_WARM_START, module.NUM_STOP = 256, 64, 900, 200
     module.prepare(folder, seed=0, console=Console(stderr=True))
     return folder
 
