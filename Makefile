@@ -28,7 +28,7 @@ test: $(VENV)/dev.stamp
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --project .
 	$(BIN)/python -m pytest -q tests/unit/test_architecture.py
 
 format: $(VENV)/dev.stamp

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -141,11 +142,17 @@ def build_policy(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
             head_dim=32,
             max_position_embeddings=2048,
             tie_word_embeddings=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.get_vocab()[END],
+            pad_token_id=tokenizer.get_vocab()[PAD],
             bos_token_id=None,
         )
     )
+
+
+def render(problem: Problem, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The chat template up to where the answer starts."""
+    messages = [{"role": "user", "content": problem.question}]
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 def encode(
@@ -154,12 +161,10 @@ def encode(
     """Prompts and answers as ids, int64 [B, L], and the same with -100 wherever nothing is to be learnt."""
     rows: list[tuple[list[int], int]] = []
     for problem, answer in zip(problems, answers, strict=True):
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": problem.question}], add_generation_prompt=True, return_dict=False
-        )
+        prompt = tokenizer.encode(render(problem, tokenizer))
         rows.append((prompt + tokenizer.encode(answer + END), len(prompt)))
     longest = max(len(ids) for ids, _ in rows)
-    input_ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    input_ids = torch.full((len(rows), longest), tokenizer.get_vocab()[PAD])
     labels = torch.full((len(rows), longest), -100)
     for row, (ids, prompt_length) in enumerate(rows):
         input_ids[row, : len(ids)] = torch.tensor(ids)
@@ -183,9 +188,10 @@ def greedy_accuracy(policy: Qwen3ForCausalLM, problems: Sequence[Problem], token
         by_length.setdefault(len(problem.question), []).append(problem)
     correct = 0
     for alike in by_length.values():  # of one prompt length, so no padding
-        prompts = [[{"role": "user", "content": problem.question}] for problem in alike]
-        ids = torch.tensor(tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False))
-        answers = policy.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
+        ids = torch.tensor([tokenizer.encode(render(problem, tokenizer)) for problem in alike])
+        answers = policy.generate(  # pyright: ignore[reportAttributeAccessIssue] (transformers' own protocol)
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False
+        )
         for problem, text in zip(alike, tokenizer.batch_decode(answers[:, ids.shape[1] :]), strict=True):
             correct += text.rpartition("\\boxed{")[2].partition("}")[0] == problem.answer
     return correct / len(problems)
@@ -216,6 +222,7 @@ def warm_start(
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
+    averaged = cast(Qwen3ForCausalLM, average.module)
     stop_batch = encode(stop_problems, [problem.worked for problem in stop_problems], tokenizer)
     stream = batches(problems, tokenizer)
     columns = (TextColumn("warm start"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
@@ -228,14 +235,14 @@ def warm_start(
             average.update_parameters(policy)
             accuracy = 0.0
             if step % CHECK_EVERY == 0 and loss < HOPELESS_LOSS:
-                accuracy = exact_accuracy(average.module, *stop_batch)
+                accuracy = exact_accuracy(averaged, *stop_batch)
             if step % 50 == 0 or accuracy:
                 note = f"step {step:4d}  loss {loss:.3f}  accuracy {accuracy:.3f} of {STOP_AT:.2f}"
                 progress.update(task, completed=min(accuracy, STOP_AT), note=note)
                 if not console.is_terminal:
                     console.print(note)
             if accuracy >= STOP_AT:
-                return average.module
+                return averaged
     raise SystemExit(f"prepare: accuracy {accuracy:.3f} after {MAX_STEPS} steps, below {STOP_AT}; try another --seed")
 
 

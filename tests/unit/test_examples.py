@@ -177,10 +177,8 @@ def test_the_opening_of_a_box_is_one_token_and_survives_decoding_without_special
 
 
 def test_the_chat_template_ends_where_the_answer_starts(tokenizer):
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "1+1=?"}], add_generation_prompt=True, tokenize=False
-    )
-    assert text == "<|user|>1+1=?<|end|><|assistant|>"
+    problem = prepare.draw_problems(seed=0, count=1)[0]
+    assert prepare.render(problem, tokenizer) == f"<|user|>{problem.question}<|end|><|assistant|>"
 
 
 def test_labels_cover_the_answer_and_its_end_and_nothing_else(tokenizer):
