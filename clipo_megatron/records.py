@@ -53,6 +53,24 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How responses are drawn. A response is a function of these, the weights, the prompt and its sample number."""
+
+    samples: int
+    """Responses of one prompt."""
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    """1 for training: log-probs are then those of the whole distribution."""
+    max_tokens: int
+    """A longer response is cut."""
+    seed: int
+    """Of the run."""
+    step: int
+    """Training step, from 1; 0 for evaluations, whose seeds then never meet those of training."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VersionSpan:
     """Response tokens [start, end) were sampled from the weights of `version`."""
 

@@ -56,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
-    from clipo_megatron.controller.evaluate import EvaluationSpec, evaluate
+    from clipo_megatron.controller.evaluate import evaluate
     from clipo_megatron.controller.loop import limit_per_source
     from clipo_megatron.data.prompts import load_prompts
     from clipo_megatron.data.tokenizer import load_tokenizer
+    from clipo_megatron.records import Sampling
     from clipo_megatron.rewards.pool import Verifiers
     from clipo_megatron.rollout.engine import RolloutEngine
     from clipo_megatron.rollout.environment import engine_environment
@@ -69,12 +70,13 @@ def _evaluate(args: argparse.Namespace) -> dict[str, object]:
     os.environ.update(engine_environment(device, args.tp))
     prompts = load_prompts(args.data, load_tokenizer(args.model), max_prompt_tokens=args.max_prompt_tokens)
     prompts = limit_per_source(prompts, args.max_prompts)
-    spec = EvaluationSpec(
+    sampling = Sampling(
         samples=args.samples,
         temperature=args.temperature,
         top_p=args.top_p,
         max_tokens=args.max_response_tokens,
         seed=args.seed,
+        step=0,
     )
     with Verifiers(args.workers, args.timeout, 2000) as verifiers:
         engine = RolloutEngine(
@@ -93,7 +95,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, object]:
             )
         )
         try:
-            evaluation = evaluate(prompts.prompts, engine, verifiers, spec, version=None)
+            evaluation = evaluate(prompts.prompts, engine, verifiers, sampling, version=None)
         finally:
             engine.close()
     return {

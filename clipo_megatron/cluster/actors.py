@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from clipo_megatron.cluster.worker_log import LoggedWorker, reports_failure
-from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Scores, TrainReport, WeightBucket
+from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport, WeightBucket
 
 if TYPE_CHECKING:
     from clipo_megatron.policy.settings import PolicySettings
@@ -128,29 +128,9 @@ class EngineActor(LoggedWorker):
         self._engine = RolloutEngine(self._settings)
 
     @reports_failure
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples: int,
-        temperature: float,
-        top_p: float,
-        max_tokens: int,
-        seed: int,
-        step: int,
-        version: int | None,
-    ) -> list[RolloutGroup]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int | None) -> list[RolloutGroup]:
         """See `RolloutEngine.generate`."""
-        return self._engine.generate(
-            prompts,
-            samples=samples,
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=max_tokens,
-            seed=seed,
-            step=step,
-            version=version,
-        )
+        return self._engine.generate(prompts, sampling, version=version)
 
     @reports_failure
     def begin_update(self, version: int) -> None:

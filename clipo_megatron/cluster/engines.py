@@ -10,7 +10,7 @@ import ray
 
 from clipo_megatron.cluster.actors import EngineActor
 from clipo_megatron.cluster.gather import gather
-from clipo_megatron.records import Prompt, RolloutGroup
+from clipo_megatron.records import Prompt, RolloutGroup, Sampling
 from clipo_megatron.rollout.settings import EngineSettings
 
 
@@ -51,31 +51,11 @@ class RayEngines:
         """Load the model on every engine."""
         self._all("start", self._timeout_s, lambda actor: actor.start.remote())
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples: int,
-        temperature: float,
-        top_p: float,
-        max_tokens: int,
-        seed: int,
-        step: int,
-        version: int | None,
-    ) -> list[RolloutGroup]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, version: int | None) -> list[RolloutGroup]:
         """See `controller.Engines`. Prompts are dealt in turn; an engine's samples don't depend on the deal."""
         count = len(self._actors)
         refs = {
-            name: actor.generate.remote(
-                prompts[number::count],
-                samples=samples,
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=max_tokens,
-                seed=seed,
-                step=step,
-                version=version,
-            )
+            name: actor.generate.remote(prompts[number::count], sampling, version)
             for number, (name, actor) in enumerate(self._actors.items())
             if prompts[number::count]
         }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clipo_megatron.checkpoint.training import Progress, list_checkpoints, read_manifest, save_checkpoint
 from clipo_megatron.controller.clock import PhaseClock
-from clipo_megatron.controller.evaluate import EvaluationSpec, evaluate
+from clipo_megatron.controller.evaluate import evaluate
 from clipo_megatron.controller.metrics import MetricsWriter
 from clipo_megatron.controller.protocols import Engines, Policy
 from clipo_megatron.controller.report import step_metrics, write_answers, write_rollouts
@@ -17,6 +17,7 @@ from clipo_megatron.controller.step import Step
 from clipo_megatron.data.order import PromptOrder
 from clipo_megatron.data.prompts import PromptSet
 from clipo_megatron.recipe import Recipe
+from clipo_megatron.records import Sampling
 from clipo_megatron.rewards.pool import Verifiers
 
 logger = logging.getLogger(__name__)
@@ -115,16 +116,17 @@ class TrainingLoop:
         if self._evaluation is None:
             return {}
         section = self._recipe.evaluation
-        spec = EvaluationSpec(
+        sampling = Sampling(
             samples=section.samples,
             temperature=section.temperature,
             top_p=section.top_p,
             max_tokens=self._recipe.rollout.max_response_tokens,
             seed=self._recipe.run.seed,
+            step=0,
         )
         with self._clock.phase("evaluate"):
             evaluation = evaluate(
-                self._evaluation.prompts, self._engines, self._verifiers, spec, version=progress.version
+                self._evaluation.prompts, self._engines, self._verifiers, sampling, version=progress.version
             )
         write_answers(self._folder / "rollouts" / f"evaluation_{progress.step:08d}.jsonl", evaluation.greedy)
         return {

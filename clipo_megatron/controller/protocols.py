@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Scores, TrainReport
+from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport
 
 
 class Policy(Protocol):
@@ -40,18 +40,7 @@ class Policy(Protocol):
 class Sampler(Protocol):
     """Something that samples rollouts: one engine or many."""
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples: int,
-        temperature: float,
-        top_p: float,
-        max_tokens: int,
-        seed: int,
-        step: int,
-        version: int | None,
-    ) -> list[RolloutGroup]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, version: int | None) -> list[RolloutGroup]:
         """One group a prompt, in the order of `prompts`.
 
         `version` must be the one that the engine holds; None asks an engine that serves its model folder.

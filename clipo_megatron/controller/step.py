@@ -16,7 +16,7 @@ from clipo_megatron.controller.protocols import Engines, Policy
 from clipo_megatron.data.batch import build_batch
 from clipo_megatron.errors import CheckError
 from clipo_megatron.recipe import Recipe
-from clipo_megatron.records import Floats, Prompt, RolloutBatch, RolloutGroup, Scores, TrainReport
+from clipo_megatron.records import Floats, Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport
 from clipo_megatron.rewards.pool import Verifiers
 
 
@@ -94,16 +94,15 @@ class Step:
         """Training rollouts of `prompts`, judged."""
         recipe = self._recipe
         with self._clock.phase("generate"):
-            groups = self._engines.generate(
-                prompts,
+            sampling = Sampling(
                 samples=recipe.algorithm.group_size,
                 temperature=recipe.rollout.temperature,
                 top_p=1.0,
                 max_tokens=recipe.rollout.max_response_tokens,
                 seed=recipe.run.seed,
                 step=step,
-                version=version,
             )
+            groups = self._engines.generate(prompts, sampling, version=version)
         with self._clock.phase("judge"):
             return judge(groups, self._verifiers)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.errors import CheckError, EngineError
-from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, VersionSpan, WeightBucket
+from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, Sampling, VersionSpan, WeightBucket
 from clipo_megatron.rollout.environment import environment_problems
 from clipo_megatron.rollout.sampling import rollout_seed, stop_token_ids
 from clipo_megatron.rollout.settings import EngineSettings
@@ -62,19 +62,8 @@ class RolloutEngine:
         """
         return self._state.version
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples: int,
-        temperature: float,
-        top_p: float,
-        max_tokens: int,
-        seed: int,
-        step: int,
-        version: int | None,
-    ) -> list[RolloutGroup]:
-        """Sample `samples` responses to each prompt.
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, version: int | None) -> list[RolloutGroup]:
+        """Sample responses to each prompt.
 
         A response depends on (weights, seed, step, prompt, sample number) only: not on the other prompts of the call,
         nor on the calls before. Log-probs are those of the distribution sampled from; at temperature 0, those of
@@ -82,12 +71,7 @@ class RolloutEngine:
 
         Args:
             prompts: at most max_model_len - max_tokens ids each.
-            samples: responses of one prompt.
-            temperature: 0 is greedy.
-            top_p: 1 for training.
-            max_tokens: a longer response is cut.
-            seed: seed of the run.
-            step: training step.
+            sampling: how many, and how they are drawn.
             version: the version to sample from; None is the model folder's own weights, and such rollouts have no
                 `policy_versions`.
 
@@ -100,21 +84,23 @@ class RolloutEngine:
         """
         llm = self._running()
         self._state.ready(version)
-        self._check_lengths(prompts, max_tokens)
+        self._check_lengths(prompts, sampling.max_tokens)
         # Cached blocks of an earlier call change the last bits: without them a resumed run equals an uninterrupted one.
         self._drop_prefix_cache()
 
         requests, parameters = [], []
         for prompt in prompts:
             token_ids = prompt.token_ids.tolist()
-            for sample in range(samples):
-                request_seed = rollout_seed(seed=seed, step=step, prompt_index=prompt.index, sample=sample)
+            for sample in range(sampling.samples):
+                request_seed = rollout_seed(
+                    seed=sampling.seed, step=sampling.step, prompt_index=prompt.index, sample=sample
+                )
                 requests.append({"prompt_token_ids": token_ids})
-                parameters.append(self._parameters(request_seed, temperature, top_p, max_tokens))
+                parameters.append(self._parameters(request_seed, sampling))
         outputs = llm.generate(requests, parameters, use_tqdm=False)
         rollouts = [self._rollout(output.outputs[0], version) for output in outputs]
         return [
-            RolloutGroup(prompt=prompt, rollouts=tuple(rollouts[row * samples : (row + 1) * samples]))
+            RolloutGroup(prompt=prompt, rollouts=tuple(rollouts[row * sampling.samples : (row + 1) * sampling.samples]))
             for row, prompt in enumerate(prompts)
         ]
 
@@ -185,20 +171,20 @@ class RolloutEngine:
             raise EngineError("the engine is closed; start a new one")
         return self._llm
 
-    def _parameters(self, seed: int, temperature: float, top_p: float, max_tokens: int) -> SamplingParams:
+    def _parameters(self, seed: int, sampling: Sampling) -> SamplingParams:
         from vllm import SamplingParams
 
         return SamplingParams(
             n=1,
-            temperature=temperature,
-            top_p=top_p,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
             top_k=0,
             min_p=0.0,
             repetition_penalty=1.0,
             presence_penalty=0.0,
             frequency_penalty=0.0,
             seed=seed,
-            max_tokens=max_tokens,
+            max_tokens=sampling.max_tokens,
             min_tokens=0,
             stop_token_ids=list(self._stop_ids),
             ignore_eos=True,  # nothing but the ids above stops

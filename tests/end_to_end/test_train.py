@@ -58,8 +58,8 @@ def test_every_step_has_a_row_whose_phases_add_up(whole):
         phases = [value for key, value in row.items() if key.startswith("seconds/") and key != "seconds/step"]
         assert sum(phases) == pytest.approx(row["seconds/step"])
         assert row["mismatch/logprob_max"] < 1e-3
-        assert row["contrastive/num_anchors"] > 0
         assert row["policy/updates"] == 2
+    assert sum(row["contrastive/num_anchors"] for row in rows[1:]) > 0
 
 
 def test_metrics_follow_from_the_rollouts(whole):
@@ -70,14 +70,19 @@ def test_metrics_follow_from_the_rollouts(whole):
         assert row["reward/accuracy"] == pytest.approx(right.mean())
         assert row["reward/contrastive_mean"] == pytest.approx(np.mean([r["contrastive_reward"] for r in rollouts]))
         assert row["rollout/response_length_mean"] == pytest.approx(np.mean([r["response_tokens"] for r in rollouts]))
+        anchors = 0
         for start in range(0, len(rollouts), 4):
             group = rollouts[start : start + 4]
+            pooled = [r for r in group if r["response_tokens"] > 1]
+            num_right = sum(r["verdict"] == "correct" for r in pooled)
+            anchors += num_right if 2 <= num_right < len(pooled) else 0
             reward = np.array([(r["verdict"] == "correct") + r["contrastive_reward"] for r in group])
             want = (reward - reward.mean()) / (reward.std(ddof=1) + 1e-6)
             np.testing.assert_allclose([r["advantage"] for r in group], want, rtol=1e-3, atol=1e-3)
             assert {tuple(span) for r in group for span in r["policy_versions"]} <= {
                 (step - 1, 0, r["response_tokens"]) for r in group
             }
+        assert row["contrastive/num_anchors"] == anchors
 
 
 def test_the_exported_checkpoint_answers_like_the_policy(whole, prepared):

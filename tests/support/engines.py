@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from clipo_megatron.records import Prompt, RolloutGroup
+from clipo_megatron.records import Prompt, RolloutGroup, Sampling
 from clipo_megatron.rollout.engine import RolloutEngine
 from clipo_megatron.rollout.environment import engine_environment
 from clipo_megatron.rollout.settings import EngineSettings
 from clipo_megatron.sync.bucket import pack_buckets
 
 MAX_MODEL_LEN = 384
+SAMPLING = Sampling(samples=4, temperature=1.0, top_p=1.0, max_tokens=48, seed=0, step=1)
 BUCKET_BYTES = 40_000
 """Small enough that the parts of a fused matrix come in several buckets."""
 

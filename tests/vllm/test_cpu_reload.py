@@ -6,12 +6,12 @@ Where `test_vllm_alone_...` fails, vLLM has repaired the fault: take the module'
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from support.engines import load_reference, perturbed, random_prompts, tiny_engine, worst_difference
+from support.engines import SAMPLING, load_reference, perturbed, random_prompts, tiny_engine, worst_difference
 from support.tiny_models import make_tiny_hf, tiny_tokenizer
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -29,7 +29,7 @@ class Case:
     def difference(self) -> float:
         """Nats between the engine's log-probs and the reference's."""
         groups = self.engine.generate(
-            random_prompts((5, 17)), samples=2, temperature=1.0, top_p=1.0, max_tokens=16, seed=0, step=0, version=None
+            random_prompts((5, 17)), replace(SAMPLING, samples=2, max_tokens=16), version=None
         )
         return worst_difference(self.reference, groups)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from support.engines import (
     MAX_MODEL_LEN,
+    SAMPLING,
     greedy_ids,
     load_reference,
     random_prompts,
@@ -42,11 +44,10 @@ def engine(folder: Path) -> Iterator[RolloutEngine]:
         yield engine
 
 
-def _sample(engine: RolloutEngine, lengths: tuple[int, ...] = (5, 300, 17), **changes: object) -> list[RolloutGroup]:
-    arguments: dict[str, object] = {
-        "samples": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 48, "seed": 0, "step": 1, "version": None,
-    }  # fmt: skip
-    return engine.generate(random_prompts(lengths), **(arguments | changes))  # pyright: ignore[reportArgumentType]
+def _sample(
+    engine: RolloutEngine, lengths: tuple[int, ...] = (5, 300, 17), *, version: int | None = None, **changes: float
+) -> list[RolloutGroup]:
+    return engine.generate(random_prompts(lengths), replace(SAMPLING, **changes), version=version)
 
 
 def _ids(groups: list[RolloutGroup]) -> list[list[int]]:
@@ -100,17 +101,9 @@ def test_the_same_call_gives_the_same_bits(engine: RolloutEngine) -> None:
 
 def test_samples_do_not_depend_on_the_other_prompts_of_the_call(engine: RolloutEngine) -> None:
     prompts = random_prompts((5, 300, 17, 60))
-    arguments = {
-        "samples": 3,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "max_tokens": 32,
-        "seed": 0,
-        "step": 1,
-        "version": None,
-    }
-    together = engine.generate(prompts, **arguments)
-    alone = [group for prompt in reversed(prompts) for group in engine.generate([prompt], **arguments)][::-1]
+    sampling = replace(SAMPLING, samples=3, max_tokens=32)
+    together = engine.generate(prompts, sampling, version=None)
+    alone = [group for prompt in reversed(prompts) for group in engine.generate([prompt], sampling, version=None)][::-1]
     assert _ids(together) == _ids(alone)
     assert [group.prompt.index for group in alone] == [prompt.index for prompt in prompts]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.engines import load_reference, perturbed, random_prompts, tiny_engine, update, worst_difference
+from support.engines import SAMPLING, load_reference, perturbed, random_prompts, tiny_engine, update, worst_difference
 from support.tiny_models import make_tiny_hf
 
 from clipo_megatron.errors import CheckError, EngineError
@@ -15,13 +16,13 @@ from clipo_megatron.sync.bucket import pack_buckets
 def test_two_workers_sample_from_the_updated_weights_and_survive_a_bad_bucket(tmp_path: Path) -> None:
     folder = make_tiny_hf(tmp_path, "qwen3", tied=True)
     reference = load_reference(folder)
-    arguments = {"samples": 2, "temperature": 1.0, "top_p": 1.0, "max_tokens": 24, "seed": 0, "step": 1}
+    sampling = replace(SAMPLING, samples=2, max_tokens=24)
     prompts = random_prompts((5, 200))
     with tiny_engine(folder, tp=2) as engine:
-        assert worst_difference(reference, engine.generate(prompts, version=None, **arguments)) < 1e-4
+        assert worst_difference(reference, engine.generate(prompts, sampling, version=None)) < 1e-4
         for version in (1, 2):
             update(engine, version, perturbed(reference, seed=version))
-            assert worst_difference(reference, engine.generate(prompts, version=version, **arguments)) < 1e-4
+            assert worst_difference(reference, engine.generate(prompts, sampling, version=version)) < 1e-4
 
         tensors = perturbed(reference, seed=3)
         (bucket,) = pack_buckets(tensors, version=3, bucket_bytes=1 << 24)
@@ -30,6 +31,6 @@ def test_two_workers_sample_from_the_updated_weights_and_survive_a_bad_bucket(tm
         with pytest.raises(CheckError, match=r"worker 0 of 2.*CRC-32"):
             engine.load_bucket(bucket)
         with pytest.raises(EngineError, match="stale"):
-            engine.generate(prompts, version=2, **arguments)
+            engine.generate(prompts, sampling, version=2)
         update(engine, 3, tensors)
-        assert worst_difference(reference, engine.generate(prompts, version=3, **arguments)) < 1e-4
+        assert worst_difference(reference, engine.generate(prompts, sampling, version=3)) < 1e-4

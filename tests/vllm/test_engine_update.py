@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.engines import (
     BUCKET_BYTES,
+    SAMPLING,
     greedy_ids,
     load_reference,
     perturbed,
@@ -52,9 +53,10 @@ class Pair:
 
     def sample(self, *, temperature: float = 1.0, samples: int = 2, version: int | None = None) -> list[RolloutGroup]:
         return self.engine.generate(
-            random_prompts((5, 300, 17)), samples=samples, temperature=temperature, top_p=1.0, max_tokens=24, seed=0,
-            step=1, version=self.version if version is None else version,
-        )  # fmt: skip
+            random_prompts((5, 300, 17)),
+            dataclasses.replace(SAMPLING, samples=samples, temperature=temperature, max_tokens=24),
+            version=self.version if version is None else version,
+        )
 
     def assert_equal(self) -> None:
         groups = self.sample()
