@@ -112,7 +112,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
             data_hash=content["data_hash"],
             files=content["files"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint}: {MANIFEST} can't be read: {error}; remove the folder"
         ) from error

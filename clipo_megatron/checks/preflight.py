@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import yaml
@@ -10,8 +11,9 @@ import yaml
 from clipo_megatron.checkpoint.training import list_checkpoints, read_manifest
 from clipo_megatron.data.prompts import PromptSet
 from clipo_megatron.data.rows import read_rows_problems
-from clipo_megatron.errors import CheckpointError
+from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.recipe import Recipe
+from clipo_megatron.weights.architecture import read_architecture
 from clipo_megatron.weights.folder_check import model_folder_problems
 
 
@@ -22,6 +24,7 @@ def file_problems(recipe: Recipe) -> list[str]:
             Path(recipe.model.path), tp=recipe.layout.tp, pp=recipe.layout.pp, rollout_tp=recipe.rollout.tp
         ),
         *read_rows_problems([*recipe.data.train, *recipe.data.evaluation]),
+        *_length_problems(recipe),
         *_run_folder_problems(recipe),
         *_tensorboard_problems(recipe),
     ]
@@ -44,6 +47,11 @@ def data_problems(train: PromptSet, recipe: Recipe) -> list[str]:
             f"data.train: no prompt has at most data.max_prompt_tokens = {recipe.data.max_prompt_tokens} tokens "
             f"({train.num_overlong} are longer); raise it"
         )
+    elif len(train) < recipe.algorithm.prompts_per_step:
+        problems.append(
+            f"algorithm.prompts_per_step = {recipe.algorithm.prompts_per_step}: data.train has {len(train)} prompts, and a "
+            "step must not hold a prompt twice; lower it or add data"
+        )
     for checkpoint in list_checkpoints(_folder(recipe) / "checkpoints")[-1:]:
         manifest = read_manifest(checkpoint)
         if manifest.data_hash != train.hash:
@@ -56,6 +64,9 @@ def data_problems(train: PromptSet, recipe: Recipe) -> list[str]:
 
 def _run_folder_problems(recipe: Recipe) -> list[str]:
     folder = _folder(recipe)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return [f"run.folder = {recipe.run.folder}: {there} is no folder that can be written to; choose another one"]
     if not folder.is_dir() or not any(folder.iterdir()):
         return []
     if recipe.run.resume == "never":
@@ -77,15 +88,31 @@ def _run_folder_problems(recipe: Recipe) -> list[str]:
 
 
 def _changed_keys(saved: Path, recipe: Recipe) -> list[str]:
-    """`section.key: saved -> asked` of all keys that differ."""
-    if not saved.is_file():
+    """`section.key: saved -> asked` of all keys that make it another run; none when the saved recipe can't be read."""
+    try:
+        before = Recipe.model_validate(yaml.safe_load(saved.read_text())).run_defining_keys()
+    except (OSError, ValueError, yaml.YAMLError):
         return []
-    before, now = yaml.safe_load(saved.read_text()), recipe.model_dump(mode="json")
     return [
-        f"{section}.{key}: {before.get(section, {}).get(key)} -> {value}"
-        for section, keys in now.items()
+        f"{section}.{key}: {before[section][key]} -> {value}"
+        for section, keys in recipe.run_defining_keys().items()
         for key, value in keys.items()
-        if before.get(section, {}).get(key) != value
+        if before[section][key] != value
+    ]
+
+
+def _length_problems(recipe: Recipe) -> list[str]:
+    try:
+        positions = read_architecture(Path(recipe.model.path)).max_positions
+    except ConfigError:
+        return []  # told with the model folder's faults
+    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
+    if longest <= positions:
+        return []
+    return [
+        f"rollout.max_response_tokens = {recipe.rollout.max_response_tokens}: with data.max_prompt_tokens = "
+        f"{recipe.data.max_prompt_tokens} a sequence has up to {longest} tokens, and the model has {positions} positions "
+        "(max_position_embeddings); lower one of them"
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--samples", type=int, default=1, help="n of mean@n; 1: greedy pass@1 only")
     parser.add_argument("--temperature", type=float, default=0.6, help="of the n samples")
     parser.add_argument("--top-p", type=float, default=0.95, help="of the n samples")
-    parser.add_argument("--max-response-tokens", type=int, default=2048)
+    parser.add_argument("--max-response-tokens", type=int, help="default: 2048, or what the model's positions leave")
     parser.add_argument("--max-prompt-tokens", type=int, default=512)
     parser.add_argument("--max-prompts", type=int, default=0, help="first prompts of each source; 0: all")
     parser.add_argument("--seed", type=int, default=0)
@@ -41,12 +42,21 @@ def run(args: argparse.Namespace) -> int:
     """
     # Imported late here and below: each verifier process imports this module again, and has no use for torch.
     from clipo_megatron.data.rows import read_rows_problems
+    from clipo_megatron.weights.architecture import read_architecture
     from clipo_megatron.weights.folder_check import model_folder_problems
 
     problems = [*_number_problems(args), *model_folder_problems(args.model, rollout_tp=args.tp)]
     problems += read_rows_problems(args.data)
     if problems:
         raise ConfigError(problems)
+    positions = read_architecture(args.model).max_positions
+    if args.max_response_tokens is None:
+        args.max_response_tokens = min(2048, positions - args.max_prompt_tokens)
+    if args.max_response_tokens < 1 or args.max_prompt_tokens + args.max_response_tokens > positions:
+        raise ConfigError(
+            f"--max-prompt-tokens = {args.max_prompt_tokens}, --max-response-tokens = {args.max_response_tokens}: together "
+            f"they must not exceed the model's {positions} positions (max_position_embeddings); lower one of them"
+        )
     with _stdout_to_stderr():
         result = _evaluate(args)
     print(json.dumps(result, indent=1))
@@ -69,6 +79,8 @@ def _evaluate(args: argparse.Namespace) -> dict[str, object]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ.update(engine_environment(device, args.tp))
     prompts = load_prompts(args.data, load_tokenizer(args.model), max_prompt_tokens=args.max_prompt_tokens)
+    if not len(prompts):
+        raise ConfigError(f"--data: all {prompts.num_overlong} prompts are longer than --max-prompt-tokens")
     prompts = limit_per_source(prompts, args.max_prompts)
     sampling = Sampling(
         samples=args.samples,
@@ -108,11 +120,23 @@ def _evaluate(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _number_problems(args: argparse.Namespace) -> list[str]:
-    lowest = {"samples": 1, "max_response_tokens": 1, "max_prompt_tokens": 1, "max_prompts": 0, "tp": 1, "workers": 1}
+    rules = (
+        ("samples", args.samples >= 1, ">= 1"),
+        ("max_response_tokens", args.max_response_tokens is None or args.max_response_tokens >= 1, ">= 1"),
+        ("max_prompt_tokens", args.max_prompt_tokens >= 1, ">= 1"),
+        ("max_prompts", args.max_prompts >= 0, ">= 0"),
+        ("max_num_seqs", args.max_num_seqs >= 1, ">= 1"),
+        ("tp", args.tp >= 1, ">= 1"),
+        ("workers", args.workers >= 1, ">= 1"),
+        ("seed", 0 <= args.seed < 2**32, ">= 0 and < 2**32"),
+        ("temperature", 0 <= args.temperature < math.inf, ">= 0"),
+        ("top_p", 0 < args.top_p <= 1, "> 0 and <= 1"),
+        ("timeout", 0 < args.timeout < math.inf, "> 0"),
+    )
     return [
-        f"--{name.replace('_', '-')} = {getattr(args, name)}: must be >= {bound}"
-        for name, bound in lowest.items()
-        if getattr(args, name) < bound
+        f"--{name.replace('_', '-')} = {getattr(args, name)}: must be {rule}"
+        for name, holds, rule in rules
+        if not holds
     ]
 
 

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done (or stopped on request, with a checkpoint), 1 the run failed, 2 the input can't be run.
+        0 done (or stopped on request, with a checkpoint), 1 the run failed, 2 the input can't be run, 130 interrupted.
     """
     parser = argparse.ArgumentParser(prog="clipo", description="Reinforcement learning with a contrastive reward.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -26,9 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print("\n".join(f"clipo: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
-    except ClipoError as error:
+    except (ClipoError, OSError) as error:
         print(f"clipo: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("clipo: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

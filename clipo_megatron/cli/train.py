@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
 import signal
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.load import read_recipe
+
+if TYPE_CHECKING:
+    from clipo_megatron.data.prompts import PromptSet
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -42,36 +47,46 @@ def run(args: argparse.Namespace) -> int:
         problems += file_problems(recipe)
     if problems or recipe is None:
         raise ConfigError(problems)
+    if problems := device_problems(recipe.run.device):
+        raise ConfigError(problems)
+    train, evaluation = _load_data(recipe)
     if args.check:
         print(recipe.to_yaml(), end="")
         return 0
-    if problems := device_problems(recipe.run.device):
-        raise ConfigError(problems)
-    return _train(recipe)
+    return _train(recipe, train, evaluation)
 
 
-def _train(recipe: Recipe) -> int:
-    import torch
-
+def _load_data(recipe: Recipe) -> tuple[PromptSet, PromptSet | None]:
     from clipo_megatron.checks.preflight import data_problems
-    from clipo_megatron.cluster.session import place, ray_session
-    from clipo_megatron.controller.loop import TrainingLoop, limit_per_source, run_folder
+    from clipo_megatron.controller.loop import limit_per_source
     from clipo_megatron.data.prompts import load_prompts
     from clipo_megatron.data.tokenizer import load_tokenizer
-    from clipo_megatron.rewards.pool import Verifiers
 
-    device = "cuda" if torch.cuda.is_available() and recipe.run.device != "cpu" else "cpu"
-    console = Console()
     tokenizer = load_tokenizer(Path(recipe.model.path))
     train = load_prompts(recipe.data.train, tokenizer, max_prompt_tokens=recipe.data.max_prompt_tokens)
     if problems := data_problems(train, recipe):
         raise ConfigError(problems)
-    evaluation = None
-    if recipe.data.evaluation:
-        everything = load_prompts(recipe.data.evaluation, tokenizer, max_prompt_tokens=recipe.data.max_prompt_tokens)
-        evaluation = limit_per_source(everything, recipe.evaluation.max_prompts)
+    if not recipe.data.evaluation:
+        return train, None
+    evaluation = load_prompts(recipe.data.evaluation, tokenizer, max_prompt_tokens=recipe.data.max_prompt_tokens)
+    if not len(evaluation):
+        raise ConfigError(
+            f"data.evaluation: all {evaluation.num_overlong} prompts are longer than data.max_prompt_tokens"
+        )
+    return train, limit_per_source(evaluation, recipe.evaluation.max_prompts)
+
+
+def _train(recipe: Recipe, train: PromptSet, evaluation: PromptSet | None) -> int:
+    import torch
+
+    from clipo_megatron.cluster.session import place, ray_session
+    from clipo_megatron.controller.loop import TrainingLoop, run_folder
+    from clipo_megatron.rewards.pool import Verifiers
+
+    device = "cuda" if torch.cuda.is_available() and recipe.run.device != "cpu" else "cpu"
+    console = Console()
     folder = run_folder(recipe)
-    _prepare_folder(folder, recipe)
+    lock = _prepare_folder(folder, recipe)
     console.print(
         f"run {folder}: {len(train)} training prompts ({train.num_overlong} over-long dropped), "
         f"{recipe.layout.world_size} policy ranks (tp={recipe.layout.tp} pp={recipe.layout.pp} dp={recipe.dp}), "
@@ -80,6 +95,7 @@ def _train(recipe: Recipe) -> int:
         soft_wrap=True,
     )
     with (
+        lock,
         Verifiers(recipe.rewards.workers, recipe.rewards.timeout_s, recipe.rewards.max_answer_chars) as verifiers,
         ray_session(recipe, device=device),
         stop_signals() as should_stop,
@@ -108,14 +124,23 @@ def _train(recipe: Recipe) -> int:
     return 0
 
 
-def _prepare_folder(folder: Path, recipe: Recipe) -> None:
+def _prepare_folder(folder: Path, recipe: Recipe) -> TextIO:
+    """Make the run's folder this process's own; it is free again when the returned file is closed."""
     folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"run.name = {recipe.run.name}: another run is using {folder}; choose another name"
+        ) from error
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     log = logging.FileHandler(folder / "driver.log")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(log)
     root.setLevel(logging.INFO)
+    return lock
 
 
 @contextmanager

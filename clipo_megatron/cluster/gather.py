@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 
 from clipo_megatron.cluster.worker_log import WorkerFailure
 from clipo_megatron.errors import WorkerError
@@ -39,7 +39,7 @@ def gather(refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) -
         for ref in done:
             try:
                 results[names[ref]] = ray.get(ref)
-            except (RayTaskError, RayActorError, WorkerError) as error:
+            except (RayError, WorkerError) as error:
                 if not failures:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
                 failures[names[ref]] = error

@@ -48,6 +48,7 @@ METRICS: dict[str, str] = {
     "policy/grad_norm": "global gradient norm before clipping, mean over updates",
     "policy/learning_rate": "of the last update",
     "policy/updates": "optimizer steps taken",
+    "policy/skipped_step": "1 when too few judged rollouts were left to train on, so that nothing was learnt",
     "policy/skipped_updates": "optimizer steps refused because loss or gradient was not finite",
     "mismatch/logprob_max": "nats, largest |sampled - scored log-prob| of a response token",
     "mismatch/logprob_mean": "nats, mean |sampled - scored log-prob|",
@@ -99,7 +100,9 @@ class MetricsWriter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # only on demand: an optional dependency
 
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+            self._events = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
+            )
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a row; it is on disk when this returns.

@@ -11,26 +11,37 @@ from numpy.typing import NDArray
 
 from clipo_megatron.controller.gate import measure_mismatch
 from clipo_megatron.controller.step import StepReport
-from clipo_megatron.records import Finish, RolloutBatch, RolloutGroup, Verdict
+from clipo_megatron.records import Finish, RolloutBatch, RolloutGroup, Scores, Verdict
 
 
 def step_metrics(report: StepReport, *, reward_floor: float, seconds: Mapping[str, float]) -> dict[str, float]:
     """All metrics of one training step, keys as declared in `controller.metrics`."""
     row = {"version": float(report.version)}
     row |= _rollout_metrics(report.groups, report.batch, seconds)
-    row |= _reward_metrics(report, reward_floor)
-    row |= {f"contrastive/{key}": value for key, value in report.scores.contrastive_metrics.items()}
+    seconds_row = {f"seconds/{key}": value for key, value in seconds.items()}
+    if report.scores is None:
+        return row | {"policy/skipped_step": 1.0} | seconds_row
+    return row | _learning_metrics(report, report.scores, reward_floor) | seconds_row
+
+
+def _learning_metrics(report: StepReport, scores: Scores, reward_floor: float) -> dict[str, float]:
+    row = _reward_metrics(report, scores, reward_floor)
+    row |= {f"contrastive/{key}": value for key, value in scores.contrastive_metrics.items()}
+    if not scores.contrastive_metrics.get("num_anchors"):
+        row.pop("contrastive/loss", None)  # a mean over nothing
     tokens = max(int(report.batch.response_mask.sum()), 1)
-    row["policy/entropy"] = float(report.scores.entropy.sum() / tokens)
+    row["policy/entropy"] = float(scores.entropy.sum() / tokens)
     if report.trained is not None:
         row |= {f"policy/{key}": value for key, value in report.trained.metrics.items()}
         row["policy/updates"] = float(report.trained.updates)
         row["policy/skipped_updates"] = float(report.trained.skipped)
-    mismatch = measure_mismatch(report.batch, report.scores)
+    if scores.reference_logprobs is None:
+        row.pop("policy/kl", None)
+    mismatch = measure_mismatch(report.batch, scores)
     row["mismatch/logprob_max"] = mismatch.max
     row["mismatch/logprob_mean"] = mismatch.mean
     row["mismatch/probability_error"] = mismatch.probability_error
-    return row | {f"seconds/{key}": value for key, value in seconds.items()}
+    return row
 
 
 def _rollout_metrics(
@@ -56,14 +67,14 @@ def _rollout_metrics(
     }
 
 
-def _reward_metrics(report: StepReport, reward_floor: float) -> dict[str, float]:
-    batch, contrastive, is_anchor = report.batch, report.contrastive, report.scores.is_anchor
+def _reward_metrics(report: StepReport, scores: Scores, reward_floor: float) -> dict[str, float]:
+    batch, contrastive, is_anchor = report.batch, report.contrastive, scores.is_anchor
     row = {
         "reward/verifier_mean": float(batch.outcome.mean()),
         "reward/contrastive_mean": float(contrastive.mean()),
         "reward/total_mean": float((batch.outcome + contrastive).mean()),
     }
-    if not report.scores.contrastive_metrics:
+    if not scores.contrastive_metrics:
         return row
     right = batch.is_correct
     row["contrastive/anchor_share"] = float((is_anchor & right).sum() / max(right.sum(), 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,10 +15,11 @@ from clipo_megatron.controller.clock import PhaseClock
 from clipo_megatron.controller.gate import check_logprobs
 from clipo_megatron.controller.protocols import Engines, Policy
 from clipo_megatron.data.batch import build_batch
-from clipo_megatron.errors import CheckError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.records import Floats, Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport
 from clipo_megatron.rewards.pool import Verifiers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +30,8 @@ class StepReport:
     """Judged."""
     batch: RolloutBatch
     """With old log-probs and advantages."""
-    scores: Scores
+    scores: Scores | None
+    """None in a step with too few judged rollouts to train on."""
     contrastive: Floats
     """[S] contrastive reward; zeros when the term is off."""
     trained: TrainReport | None
@@ -59,11 +62,16 @@ class Step:
             version: of the weights that policy and engines hold.
 
         Raises:
-            CheckError: the step-0 gate trips, or too few rollouts are left to train on.
+            CheckError: the step-0 gate trips.
         """
         groups = self.sample(prompts, step=step, version=version)
         batch = build_batch(groups, group_size=self._recipe.algorithm.group_size)
-        self._check_size(batch, step)
+        if batch.num_sequences < self._recipe.dp * self._recipe.algorithm.updates_per_step:
+            logger.warning("step %d: too few rollouts to train on; dropped: %s", step, dict(batch.dropped))
+            nothing = np.zeros(batch.num_sequences, dtype=np.float32)
+            return StepReport(
+                groups=groups, batch=batch, scores=None, contrastive=nothing, trained=None, version=version
+            )
         with self._clock.phase("score"):
             scores = self._policy.score(batch, step=step, with_reference=self._recipe.algorithm.kl.coefficient > 0)
         if not self._gate_passed:
@@ -131,14 +139,6 @@ class Step:
         """Move the policy's weights to the engines as `version`."""
         with self._clock.phase("sync"):
             self._engines.update_weights(version, self._policy.weight_buckets(version))
-
-    def _check_size(self, batch: RolloutBatch, step: int) -> None:
-        needed = self._recipe.dp * self._recipe.algorithm.updates_per_step
-        if batch.num_sequences < needed:
-            raise CheckError(
-                f"step {step}: {batch.num_sequences} rollouts are left to train on and {needed} are needed (one for "
-                f"each data parallel rank and update); dropped: {dict(batch.dropped)}. Look at the step's rollouts"
-            )
 
 
 def judge(groups: Sequence[RolloutGroup], verifiers: Verifiers) -> list[RolloutGroup]:

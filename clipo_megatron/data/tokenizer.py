@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jinja2 import TemplateError
 
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.records import Ids
@@ -56,7 +57,21 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[S
     """
     if not tokenizer.chat_template:
         raise ConfigError("the tokenizer has no chat template; add a chat_template.jinja file to its folder")
-    texts = [
+    if not conversations:
+        return []
+    try:
+        texts = _render(tokenizer, conversations)
+    except TemplateError as error:
+        raise ConfigError(
+            f"the tokenizer's chat template does not render: {error}; mend chat_template.jinja"
+        ) from error
+    # The template has written the special tokens; the tokenizer must not add its own.
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]) -> list[str]:
+    return [
         str(
             tokenizer.apply_chat_template(
                 [{"role": role, "content": content} for role, content in messages],
@@ -66,6 +81,3 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[S
         )
         for messages in conversations
     ]
-    # The template has written the special tokens; the tokenizer must not add its own.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    return [np.asarray(ids, dtype=np.int32) for ids in encoded]

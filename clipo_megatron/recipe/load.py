@@ -46,7 +46,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
         return None, [f"recipe {path}: no such file"]
     try:
         loaded: object = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         return None, [f"recipe {path}: not valid YAML: {error}"]
     if not isinstance(loaded, dict):
         return None, [f"recipe {path}: found {type(loaded).__name__}, expected sections such as 'model:' and 'run:'"]
@@ -67,7 +67,7 @@ def _without_faults(content: dict[str, Any], error: ValidationError) -> Recipe |
     """The recipe with defaults in place of faulty keys, None when that can't be."""
     for fault in error.errors():
         place: Any = content
-        *sections, last = (part for part in fault["loc"] if isinstance(part, str))
+        *sections, last = [part for part in fault["loc"] if isinstance(part, str)] or [""]
         for section in sections:
             place = cast("dict[str, Any]", place).get(section) if isinstance(place, dict) else None
         if isinstance(place, dict):

@@ -48,10 +48,15 @@ class Recipe(Section):
     @property
     def fingerprint(self) -> str:
         """16 hex digits over everything that changes a step's numbers; a resumed run must have the same."""
+        content = self.run_defining_keys()
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def run_defining_keys(self) -> dict[str, dict[str, object]]:
+        """Values by section and key, without those that change no number of a step."""
         content = self.model_dump(mode="json")
         for section, key in _NOT_IN_FINGERPRINT:
             content[section].pop(key, None) if key else content.pop(section)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return content
 
     def to_yaml(self) -> str:
         """The resolved recipe, defaults written out; `load_recipe` reads it back."""

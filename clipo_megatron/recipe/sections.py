@@ -155,7 +155,7 @@ class OptimizerSection(Section):
 class DataSection(Section):
     """What to train and evaluate on."""
 
-    train: tuple[str, ...]
+    train: Annotated[tuple[str, ...], Field(min_length=1)]
     """Parquet or JSONL files."""
     evaluation: tuple[str, ...] = ()
     """Files evaluated during training; none: no evaluation."""
@@ -187,8 +187,8 @@ class SyncSection(Section):
 class CheckpointSection(Section):
     """What is kept on disk."""
 
-    every: NotNegative = 0
-    """Steps between checkpoints; 0: only at the end and when stopped."""
+    every: NotNegative = 10
+    """Steps between checkpoints; 0: only at the end and when stopped, so that a killed run starts anew."""
     keep: Positive = 2
     """Newest checkpoints kept."""
     hf_every: NotNegative = 0
@@ -218,7 +218,7 @@ class RunSection(Section):
     """Folder of the run: FOLDER/NAME."""
     folder: str = "runs"
     steps: Positive = 100
-    seed: NotNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of the run folder; never: refuse a run folder that is not empty."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -57,11 +57,17 @@ def layout_problems(arch: Architecture, *, tp: int, pp: int, rollout_tp: int) ->
         ("layout.pp", pp, "num_hidden_layers", arch.num_layers),
         ("rollout.tp", rollout_tp, "num_attention_heads", arch.num_heads),
     )
-    return [
+    problems = [
         f"{key} = {degree}: must divide the model's {name} = {size}; choose another {key}"
         for key, degree, name, size in rules
         if size % degree
     ]
+    if arch.num_kv_heads % rollout_tp and rollout_tp % arch.num_kv_heads:
+        problems.append(
+            f"rollout.tp = {rollout_tp}: must divide the model's num_key_value_heads = {arch.num_kv_heads} or be a multiple "
+            "of it; choose another rollout.tp"
+        )
+    return problems
 
 
 def _tensor_problems(reader: HFReader, arch: Architecture) -> list[str]:

@@ -27,6 +27,8 @@ def recipe(tmp_path, model):
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": [_write_data(tmp_path / "train.jsonl")]},
         "layout": {"micro_batch_tokens": 4096},
+        "rollout": {"max_response_tokens": 256},
+        "algorithm": {"prompts_per_step": 4},
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -119,3 +121,30 @@ def test_the_other_commands_name_their_faults_too(command, tmp_path):
 def test_an_unknown_recipe_file_is_one_line(tmp_path):
     (fault,) = _faults("train", tmp_path / "none.yaml")
     assert "none.yaml" in fault
+
+
+def test_sequences_longer_than_the_models_positions_are_refused(recipe):
+    (fault,) = _faults("train", recipe, "rollout.max_response_tokens=2000")
+    assert "2048 positions" in fault
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(recipe):
+    (fault,) = _faults("train", recipe, "run.folder=/dev/null")
+    assert "run.folder = /dev/null" in fault
+
+
+def test_a_step_never_holds_a_prompt_twice(recipe):
+    (fault,) = _faults("train", recipe, "algorithm.prompts_per_step=5", "--check")
+    assert "4 prompts" in fault
+
+
+def test_a_broken_chat_template_is_refused(recipe, tmp_path):
+    folder = make_tiny_hf(tmp_path / "hf", "qwen3")
+    (folder / "chat_template.jinja").write_text("{% for message in %}")
+    (fault,) = _faults("train", recipe, f"model.path={folder}", "--check")
+    assert "chat template" in fault
+
+
+def test_an_empty_list_of_files_is_refused(recipe):
+    faults = _faults("train", recipe, "data.train=[]")
+    assert [fault for fault in faults if "data.train" in fault], faults

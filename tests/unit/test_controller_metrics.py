@@ -64,6 +64,12 @@ def test_event_files_hold_the_same_numbers(tmp_path):
     writer.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("policy/loss")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    resumed = MetricsWriter(tmp_path, tensorboard=True, resume_step=3)
+    resumed.write({"step": 4, "policy/loss": 2.0})
+    resumed.close()
+    rows.append({"step": 4, "policy/loss": 2.0})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("policy/loss")] == [1, 2, 3, 4]
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows
 
 

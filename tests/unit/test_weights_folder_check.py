@@ -50,6 +50,7 @@ def test_each_layout_that_does_not_divide_is_a_problem_of_its_own(tmp_path: Path
     assert [problem.split(":")[0] for problem in problems] == ["layout.tp = 5"] * 3 + [
         "layout.pp = 2",
         "rollout.tp = 3",
+        "rollout.tp = 3",
     ]
     [problem] = model_folder_problems(folder, tp=4)
     assert "layout.tp = 4: must divide the model's num_key_value_heads = 2" in problem
