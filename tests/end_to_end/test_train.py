@@ -160,15 +160,16 @@ def test_a_step_without_a_verdict_changes_nothing_and_the_run_goes_on(tmp_path, 
     (tmp_path / "poison.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = write_recipe(tmp_path, "poison", steps=2)
     run_clipo("train", recipe, f"data.train=[{tmp_path / 'poison.jsonl'}]")
+    version = 0
     for step, row in enumerate(read_metrics(tmp_path / "poison" / "metrics.jsonl"), start=1):
         rollouts = _rollouts(tmp_path / "poison", step)
         # A response without a box is wrong whatever the gold; all the others can't be decided.
         boxed = [r for r in rollouts if "boxed" in r["text"]]
         assert {r["verdict"] for r in boxed} == {"undecided"}
         assert row["rollout/dropped"] == len(boxed)
-        if row.get("policy/skipped_step"):
-            assert row["version"] == step - 1
-            assert "policy/loss" not in row
+        assert ("policy/loss" in row) != bool(row.get("policy/skipped_step"))
+        version += "policy/loss" in row
+        assert row["version"] == version
 
 
 def test_a_stop_signal_ends_after_the_step_with_a_checkpoint(tmp_path, write_recipe):
