@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 
-from clipo_megatron.cluster.worker_log import LoggedWorker, reports_failure
+from clipo_megatron.cluster.worker_log import LoggedWorker, WorkerFailure
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport, WeightBucket
 
 if TYPE_CHECKING:
@@ -20,6 +23,28 @@ if TYPE_CHECKING:
     from clipo_megatron.rollout.settings import EngineSettings
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def reports_failure(
+    method: Callable[Concatenate[Any, P], R],
+) -> Callable[Concatenate[Any, P], R]:
+    """Log a method's traceback in the worker and raise the cause as a `WorkerFailure`."""
+
+    @functools.wraps(method)
+    def wrapped(self: LoggedWorker, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it must reach the driver as one picklable error)
+            moment = time.time()
+            logging.getLogger(__name__).error("failed in %s\n%s", method.__name__, traceback.format_exc())
+            lines = str(error).strip().splitlines() or [""]
+            cause = f"{type(error).__name__}: {lines[0]}"
+            raise WorkerFailure(self.worker_name, method.__name__, cause, moment) from None
+
+    return wrapped
 
 
 class PolicyActor(LoggedWorker):

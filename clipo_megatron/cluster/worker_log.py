@@ -1,19 +1,11 @@
-"""What every Ray worker of a run shares: its log file, and errors that cross to the driver as one line."""
+"""What every Ray worker of a run shares: its log file, and the error that crosses to the driver as one line."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from clipo_megatron.errors import WorkerError
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class WorkerFailure(WorkerError):
@@ -45,22 +37,3 @@ class LoggedWorker:
         root = logging.getLogger()
         root.addHandler(handler)
         root.setLevel(logging.INFO)
-
-
-def reports_failure(
-    method: Callable[Concatenate[Any, P], R],
-) -> Callable[Concatenate[Any, P], R]:
-    """Log a method's traceback in the worker and raise the cause as a `WorkerFailure`."""
-
-    @functools.wraps(method)
-    def wrapped(self: LoggedWorker, *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return method(self, *args, **kwargs)
-        except Exception as error:  # noqa: BLE001 (whatever it is, it must reach the driver as one picklable error)
-            moment = time.time()
-            logging.getLogger(__name__).error("failed in %s\n%s", method.__name__, traceback.format_exc())
-            lines = str(error).strip().splitlines() or [""]
-            cause = f"{type(error).__name__}: {lines[0]}"
-            raise WorkerFailure(self.worker_name, method.__name__, cause, moment) from None
-
-    return wrapped

@@ -4,7 +4,8 @@ import os
 import signal
 import time
 
-from clipo_megatron.cluster.worker_log import LoggedWorker, reports_failure
+from clipo_megatron.cluster.actors import reports_failure
+from clipo_megatron.cluster.worker_log import LoggedWorker
 
 
 class Worker(LoggedWorker):
