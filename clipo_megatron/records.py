@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
+Routes = NDArray[np.int16]
 Offsets = NDArray[np.int64]
 
 
@@ -93,6 +94,9 @@ class Rollout:
     """The response decoded, special tokens left out: what the verifier reads."""
     verdict: Verdict | None = None
     """None until judged."""
+    routed_experts: Routes | None = None
+    """[prompt and response, layers, experts per token] that the engine sent each token to, -1 where it is not known;
+    None when they were not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +137,8 @@ class RolloutBatch:
     """[T] of the frozen reference policy; None when the KL coefficient is 0."""
     advantages: Floats | None = None
     """[S] one per sequence; it holds for every response token."""
+    routed_experts: Routes | None = None
+    """[T, layers, experts per token] of the engine's forward, -1 where unknown; None for dense policies."""
 
     @property
     def num_sequences(self) -> int:
@@ -181,6 +187,7 @@ class RolloutBatch:
             old_logprobs=take(self.old_logprobs, tokens),
             reference_logprobs=take(self.reference_logprobs, tokens),
             advantages=take(self.advantages, rows),
+            routed_experts=None if self.routed_experts is None else self.routed_experts[tokens],
         )
 
 
@@ -200,6 +207,8 @@ class Scores:
     """[S] row has a loss of its own (right, with another right one and a wrong one in its set, by default)."""
     contrastive_metrics: Mapping[str, float]
     """Head loss, anchor counts, similarities, head gradient norm; empty when the contrastive term is off."""
+    policy_metrics: Mapping[str, float] = field(default_factory=dict)
+    """Agreement of the routers with replayed routes; empty without replay."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

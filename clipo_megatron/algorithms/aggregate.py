@@ -1,4 +1,4 @@
-"""From per-token values to the loss of an optimizer step. T packed tokens, S sequences."""
+"""From per-token values to the loss of an optimizer step. T response tokens."""
 
 from __future__ import annotations
 
@@ -7,37 +7,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clipo_megatron.algorithms.pooling import sequence_of_token
-
 
 def token_weights(
-    response_mask_T: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    aggregation: Literal["token_mean", "sequence_mean"],
-    denominator: float,
+    response_length_T: Tensor, *, aggregation: Literal["token_mean", "sequence_mean"], denominator: float
 ) -> Tensor:
-    """Weight of each token, so that sum(value * weight) over all micro-batches and ranks is the step's mean.
+    """Weight of each response token: sum(value * weight) over all micro-batches and ranks is the step's mean.
 
     token_mean: 1 / N over response tokens; sequence_mean: 1 / (N * response tokens of its sequence).
 
     Args:
-        response_mask_T: True on response tokens, bool [T]; T may go beyond cu_seqlens[-1] (padding weighs nothing).
-        cu_seqlens: offsets of this micro-batch's sequences, int [S + 1].
+        response_length_T: response tokens of each token's whole sequence, wherever they are held, int64 [T], >= 1.
         aggregation: what weighs the same: tokens or sequences.
         denominator: N, response tokens (token_mean) or sequences (sequence_mean) of the whole optimizer step, over all
-            micro-batches and data parallel ranks.
+            micro-batches and ranks.
 
     Returns:
-        float32 [T], 0 off the response.
+        float32 [T].
     """
-    sequence_T, is_token_T = sequence_of_token(cu_seqlens, num_tokens=len(response_mask_T))
-    mask_T = response_mask_T & is_token_T
-    weight_T = mask_T.float() / denominator
-    if aggregation == "sequence_mean" and len(cu_seqlens) > 1:
-        count_S = weight_T.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence_T, mask_T.float())
-        weight_T = weight_T / count_S.clamp(min=1)[sequence_T]
-    return weight_T
+    if aggregation == "token_mean":
+        return torch.full(response_length_T.shape, 1.0 / denominator, device=response_length_T.device)
+    return 1.0 / (denominator * response_length_T.float())
 
 
 def aggregate(value_T: Tensor, weight_T: Tensor) -> Tensor:

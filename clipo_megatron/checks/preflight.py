@@ -13,6 +13,7 @@ from clipo_megatron.data.prompts import PromptSet
 from clipo_megatron.data.rows import read_rows_problems
 from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.recipe import Recipe
+from clipo_megatron.recipe.sections import ExpertsSection
 from clipo_megatron.weights.architecture import read_architecture
 from clipo_megatron.weights.folder_check import model_folder_problems
 
@@ -21,8 +22,15 @@ def file_problems(recipe: Recipe) -> list[str]:
     """All faults of the files and folders that a recipe names. Reads headers only; takes a second or two."""
     return [
         *model_folder_problems(
-            Path(recipe.model.path), tp=recipe.layout.tp, pp=recipe.layout.pp, rollout_tp=recipe.rollout.tp
+            Path(recipe.model.path),
+            tp=recipe.layout.tp,
+            pp=recipe.layout.pp,
+            vpp=recipe.layout.vpp,
+            ep=recipe.layout.ep,
+            etp=recipe.layout.etp,
+            rollout_tp=recipe.rollout.tp,
         ),
+        *_expert_problems(recipe),
         *read_rows_problems([*recipe.data.train, *recipe.data.evaluation]),
         *_length_problems(recipe),
         *_run_folder_problems(recipe),
@@ -30,13 +38,24 @@ def file_problems(recipe: Recipe) -> list[str]:
     ]
 
 
-def device_problems(device: str) -> list[str]:
-    """`run.device` against what this machine has."""
+def device_problems(recipe: Recipe) -> list[str]:
+    """What the recipe asks of the device, against what this machine has."""
     import torch  # slow to import, and not needed by the other checks
 
-    if device == "cuda" and not torch.cuda.is_available():
+    from clipo_megatron.policy.precision import hardware_problems
+
+    device = recipe.run.device
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return []
+    if not torch.cuda.is_available():
         return ["run.device = cuda: no CUDA device is visible here; set run.device=cpu or auto"]
-    return []
+    problems = hardware_problems(recipe.precision.recipe)
+    if recipe.model.dtype == "float32":
+        problems.append(
+            "model.dtype = float32: on a GPU Transformer Engine's attention of packed sequences needs 16 bits; set it to "
+            "bfloat16"
+        )
+    return problems
 
 
 def data_problems(train: PromptSet, recipe: Recipe) -> list[str]:
@@ -99,6 +118,32 @@ def _changed_keys(saved: Path, recipe: Recipe) -> list[str]:
         for key, value in keys.items()
         if before[section][key] != value
     ]
+
+
+def _expert_problems(recipe: Recipe) -> list[str]:
+    """Keys against the kind of model: with a mixture of experts or without."""
+    try:
+        has_experts = read_architecture(Path(recipe.model.path)).experts is not None
+    except ConfigError:
+        return []  # told with the model folder's faults
+    if not has_experts:
+        return [
+            f"experts.{key} = {value}: has an effect on mixture-of-experts models only, and this one is dense; remove it"
+            for key, value in recipe.experts.model_dump().items()
+            if value != getattr(ExpertsSection(), key)
+        ]
+    layout, problems = recipe.layout, []
+    if layout.tp > 1 and not layout.sequence_parallel:
+        problems.append(
+            f"layout.sequence_parallel = false: with layout.tp = {layout.tp} Megatron refuses to train experts on tokens "
+            "that are not split; set it to true"
+        )
+    if recipe.experts.routing_replay and not recipe.rollout.prefix_caching and recipe.run.device != "cpu":
+        problems.append(
+            "rollout.prefix_caching = false: on a GPU vLLM returns the experts of each token through its prefix cache; set "
+            "it to true, or experts.routing_replay=false"
+        )
+    return problems
 
 
 def _length_problems(recipe: Recipe) -> list[str]:

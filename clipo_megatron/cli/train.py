@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         problems += file_problems(recipe)
     if problems or recipe is None:
         raise ConfigError(problems)
-    if problems := device_problems(recipe.run.device):
+    if problems := device_problems(recipe):
         raise ConfigError(problems)
     train, evaluation = _load_data(recipe)
     if args.check:

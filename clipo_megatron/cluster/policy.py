@@ -83,7 +83,7 @@ class RayPolicy:
         layout = self._settings.layout
         number = 0
         for stage in range(layout.pp):
-            ranks = [layout.rank(tp=tp, dp=0, pp=stage) for tp in range(layout.tp)]
+            ranks = layout.ranks_of_weights(stage)
             first = number
             self._call(ranks[:1], "sync", lambda actor: actor.open_stream.remote(version, first))  # noqa: B023
             others = {f"policy_{rank}": self._actors[rank].drain_stream.remote() for rank in ranks[1:]}

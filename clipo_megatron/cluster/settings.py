@@ -7,9 +7,11 @@ from typing import Literal
 
 from clipo_megatron.algorithms.contrastive import Objective
 from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.policy.precision import PrecisionSettings
 from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings, PolicySettings
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.rollout.settings import EngineSettings
+from clipo_megatron.weights.architecture import read_architecture
 
 Device = Literal["cpu", "cuda"]
 
@@ -19,12 +21,21 @@ def policy_settings(recipe: Recipe, *, device: Device) -> PolicySettings:
     algorithm, contrastive, optimizer = recipe.algorithm, recipe.contrastive, recipe.optimizer
     return PolicySettings(
         model_path=Path(recipe.model.path).resolve(),
-        layout=ParallelLayout(world_size=recipe.layout.world_size, tp=recipe.layout.tp, pp=recipe.layout.pp),
+        layout=parallel_layout(recipe),
         dtype=recipe.model.dtype,
         device=device,
         sequence_parallel=recipe.layout.sequence_parallel and recipe.layout.tp > 1,
         micro_batch_tokens=recipe.layout.micro_batch_tokens,
         recompute=recipe.layout.recompute,
+        distributed_optimizer=recipe.layout.distributed_optimizer,
+        overlap_grad_reduce=recipe.layout.overlap_grad_reduce,
+        precision=PrecisionSettings(
+            recipe=recipe.precision.recipe,
+            first_last_layers_bf16=recipe.precision.first_last_layers_bf16,
+            amax_history=recipe.precision.amax_history,
+        ),
+        routing_replay=recipe.experts.routing_replay,
+        freeze_router=recipe.experts.freeze_router,
         temperature=recipe.rollout.temperature,
         algorithm=AlgorithmSettings(
             updates_per_step=algorithm.updates_per_step,
@@ -35,27 +46,7 @@ def policy_settings(recipe: Recipe, *, device: Device) -> PolicySettings:
             kl_coefficient=algorithm.kl.coefficient,
             kl_estimator=algorithm.kl.estimator,
         ),
-        contrastive=ContrastiveSettings(
-            objective=Objective(
-                loss=contrastive.loss,
-                level=contrastive.level,
-                similarity=contrastive.similarity,
-                temperature=contrastive.temperature,
-                masked_label=contrastive.masked_label,
-                skip_trivial=contrastive.skip_trivial,
-                numerics=contrastive.numerics,
-                positive=contrastive.positive,
-                denominator=contrastive.denominator,
-            ),
-            head=contrastive.head,
-            head_size=contrastive.head_size,
-            head_learning_rate=contrastive.head_learning_rate,
-            head_weight_decay=contrastive.head_weight_decay,
-            head_frozen=contrastive.head_frozen,
-            pool=contrastive.pool,
-        )
-        if contrastive.enabled
-        else None,
+        contrastive=_contrastive_settings(recipe) if contrastive.enabled else None,
         optimizer=OptimizerSettings(
             learning_rate=optimizer.learning_rate,
             weight_decay=optimizer.weight_decay,
@@ -64,14 +55,54 @@ def policy_settings(recipe: Recipe, *, device: Device) -> PolicySettings:
             eps=optimizer.eps,
             clip_grad=optimizer.clip_grad,
             warmup_updates=optimizer.warmup_updates,
+            cpu_offload=optimizer.cpu_offload,
         ),
         seed=recipe.run.seed,
+    )
+
+
+def _contrastive_settings(recipe: Recipe) -> ContrastiveSettings:
+    contrastive = recipe.contrastive
+    return ContrastiveSettings(
+        objective=Objective(
+            loss=contrastive.loss,
+            level=contrastive.level,
+            similarity=contrastive.similarity,
+            temperature=contrastive.temperature,
+            masked_label=contrastive.masked_label,
+            skip_trivial=contrastive.skip_trivial,
+            numerics=contrastive.numerics,
+            positive=contrastive.positive,
+            denominator=contrastive.denominator,
+        ),
+        head=contrastive.head,
+        head_size=contrastive.head_size,
+        head_learning_rate=contrastive.head_learning_rate,
+        head_weight_decay=contrastive.head_weight_decay,
+        head_frozen=contrastive.head_frozen,
+        pool=contrastive.pool,
+        policy_gradient_weight=contrastive.policy_gradient_weight,
+    )
+
+
+def parallel_layout(recipe: Recipe) -> ParallelLayout:
+    """How the recipe splits the trainer's ranks."""
+    layout = recipe.layout
+    return ParallelLayout(
+        world_size=layout.world_size,
+        tp=layout.tp,
+        pp=layout.pp,
+        vpp=layout.vpp,
+        cp=layout.cp,
+        ep=layout.ep,
+        etp=layout.etp,
     )
 
 
 def engine_settings(recipe: Recipe, *, device: Device) -> EngineSettings:
     """The rollout side of a recipe."""
     rollout = recipe.rollout
+    has_experts = read_architecture(Path(recipe.model.path)).experts is not None
     return EngineSettings(
         model_path=str(Path(recipe.model.path).resolve()),
         dtype=recipe.model.dtype,
@@ -84,4 +115,5 @@ def engine_settings(recipe: Recipe, *, device: Device) -> EngineSettings:
         enforce_eager=rollout.enforce_eager,
         prefix_caching=rollout.prefix_caching,
         seed=recipe.run.seed,
+        return_routed_experts=recipe.experts.routing_replay and has_experts,
     )

@@ -30,6 +30,7 @@ def _learning_metrics(report: StepReport, scores: Scores, reward_floor: float) -
     if not scores.contrastive_metrics.get("num_anchors"):
         row.pop("contrastive/loss", None)  # a mean over nothing
     tokens = max(int(report.batch.response_mask.sum()), 1)
+    row |= {f"policy/{key}": value for key, value in scores.policy_metrics.items()}
     row["policy/entropy"] = float(scores.entropy.sum() / tokens)
     if report.trained is not None:
         row |= {f"policy/{key}": value for key, value in report.trained.metrics.items()}

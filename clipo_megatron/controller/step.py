@@ -15,6 +15,7 @@ from clipo_megatron.controller.clock import PhaseClock
 from clipo_megatron.controller.gate import check_logprobs
 from clipo_megatron.controller.protocols import Engines, Policy
 from clipo_megatron.data.batch import build_batch
+from clipo_megatron.data.packing import least_rows
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.records import Floats, Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport
 from clipo_megatron.rewards.pool import Verifiers
@@ -66,7 +67,8 @@ class Step:
         """
         groups = self.sample(prompts, step=step, version=version)
         batch = build_batch(groups, group_size=self._recipe.algorithm.group_size)
-        if batch.num_sequences < self._recipe.dp * self._recipe.algorithm.updates_per_step:
+        layout = self._recipe.layout
+        if batch.num_sequences < least_rows(dp=self._recipe.dp, count_multiple=layout.pp if layout.vpp > 1 else 1):
             logger.warning("step %d: too few rollouts to train on; dropped: %s", step, dict(batch.dropped))
             nothing = np.zeros(batch.num_sequences, dtype=np.float32)
             return StepReport(

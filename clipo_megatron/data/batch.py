@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clipo_megatron.errors import CheckError
-from clipo_megatron.records import Finish, Rollout, RolloutBatch, RolloutGroup, Verdict
+from clipo_megatron.records import Finish, Rollout, RolloutBatch, RolloutGroup, Routes, Verdict
 
 
 def build_batch(groups: Sequence[RolloutGroup], *, group_size: int) -> RolloutBatch:
@@ -23,7 +23,8 @@ def build_batch(groups: Sequence[RolloutGroup], *, group_size: int) -> RolloutBa
         that applies. With nothing left the batch has no rows.
 
     Raises:
-        CheckError: a rollout has not been judged, has another number of log-probs than ids, or is one too many.
+        CheckError: a rollout has not been judged, has another number of log-probs than ids or of routes than tokens,
+            has routes where another one has none, or is one too many.
     """
     dropped: Counter[str] = Counter()
     kept: list[tuple[int, RolloutGroup, int, Rollout]] = []
@@ -56,8 +57,29 @@ def build_batch(groups: Sequence[RolloutGroup], *, group_size: int) -> RolloutBa
         is_correct=is_correct,
         outcome=is_correct.astype(np.float32),
         truncated=np.array([rollout.finish is Finish.LENGTH for rollout in rollouts], dtype=np.bool_),
+        routed_experts=_routes(kept),
         dropped=dict(dropped),
     )
+
+
+def _routes(kept: Sequence[tuple[int, RolloutGroup, int, Rollout]]) -> Routes | None:
+    found: list[Routes] = []
+    for _, group, sample, rollout in kept:
+        if rollout.routed_experts is None:
+            continue
+        num_tokens = len(group.prompt.token_ids) + len(rollout.response_ids)
+        if len(rollout.routed_experts) != num_tokens:
+            raise CheckError(
+                f"prompt {group.prompt.index}, sample {sample}: routed experts of {len(rollout.routed_experts)} tokens "
+                f"for {num_tokens} tokens of prompt and response; the engine must return a row for each"
+            )
+        found.append(rollout.routed_experts)
+    if found and len(found) != len(kept):
+        raise CheckError(
+            f"{len(kept) - len(found)} of {len(kept)} rollouts have no routed experts; the engines must return them for "
+            "all or for none"
+        )
+    return np.concatenate(found) if found else None
 
 
 def _reason_to_drop(group: RolloutGroup, sample: int, rollout: Rollout) -> str | None:

@@ -104,3 +104,35 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_BD: Tensor) -> tuple[Tensor, None, None, None]:
         (row_b,) = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
         return grad_BD[row_b], None, None, None
+
+
+def gather_tokens(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tokens of all ranks, one rank's after the other, on every rank; gradients are summed on their way back.
+
+    Collectives: one all_gather of `x_TD` on `group`, in the backward pass one reduce_scatter(SUM) of its gradient. Every
+    rank must call, with the same number of tokens.
+
+    Args:
+        x_TD: this rank's tokens [T, ...].
+        group: ranks that share out the tokens.
+
+    Returns:
+        [group.size() * T, ...]
+    """
+    return _GatherTokens.apply(x_TD, group)  # pyright: ignore[reportReturnType]
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group  # pyright: ignore[reportAttributeAccessIssue]
+        gathered = x_TD.new_empty(group.size() * len(x_TD), *x_TD.shape[1:])
+        dist.all_gather_into_tensor(gathered, x_TD.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_TD: Tensor) -> tuple[Tensor, None]:
+        group: dist.ProcessGroup = ctx.group  # pyright: ignore[reportAttributeAccessIssue]
+        own_TD = grad_TD.new_empty(len(grad_TD) // group.size(), *grad_TD.shape[1:])
+        dist.reduce_scatter_tensor(own_TD, grad_TD.contiguous(), group=group)
+        return own_TD, None

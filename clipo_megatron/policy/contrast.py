@@ -10,12 +10,14 @@ import math
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clipo_megatron.algorithms.contrastive import ContrastiveResult, contrastive_loss
 from clipo_megatron.algorithms.heads import build_head, embed
 from clipo_megatron.algorithms.metrics import anchor_metrics, embedding_metrics
-from clipo_megatron.parallel.collectives import gather_rows, reduce_gradients
+from clipo_megatron.errors import CheckError
+from clipo_megatron.parallel.collectives import gather_rows, reduce_gradients, reduce_sum
 from clipo_megatron.policy.settings import ContrastiveSettings
 from clipo_megatron.records import RolloutBatch
 
@@ -43,6 +45,7 @@ class ContrastiveHead:
         )
         self.skipped = 0
         """Steps without an anchor or with a loss that was not finite."""
+        self._state_gradient: tuple[NDArray[np.int64], Tensor] | None = None
 
     def score(
         self, batch: RolloutBatch, h_bH: Tensor, row_b: Tensor, *, step: int
@@ -61,6 +64,8 @@ class ContrastiveHead:
             (result in the batch's order, metrics).
         """
         settings, device = self._settings, h_bH.device
+        reaches_policy = settings.policy_gradient_weight > 0
+        h_bH = h_bH.detach().requires_grad_(reaches_policy)
         # Under decode a response of one token has no position, so its row is in no set.
         is_valid_B = torch.from_numpy(batch.response_lengths > (1 if settings.pool == "decode" else 0)).to(device)
         # Rows are taken in the order of their keys: sums do not depend on the order in which rollouts arrived.
@@ -70,7 +75,7 @@ class ContrastiveHead:
         group_id_B, is_correct_B, row_key_B = (
             torch.from_numpy(column).to(device)[order] for column in (batch.group_id, batch.is_correct, batch.row_key)
         )
-        with torch.set_grad_enabled(not settings.head_frozen):
+        with torch.set_grad_enabled(reaches_policy or not settings.head_frozen):
             z_BD = gather_rows(
                 embed(self.module, h_bH), place[row_b], num_rows=batch.num_sequences, group=self._dp_group
             )
@@ -88,6 +93,8 @@ class ContrastiveHead:
         pairs = embedding_metrics(z_BD.detach(), group_id_B, is_correct_B, is_valid_B=is_valid_B[order])
         metrics |= {f"cosine_{name}": value for name, value in pairs.items()}
         metrics |= self._learn(result)
+        if reaches_policy:
+            self._keep_state_gradient(batch, h_bH, row_b)
         in_batch_order = ContrastiveResult(
             loss=result.loss.detach(),
             loss_B=result.loss_B[place],
@@ -99,7 +106,7 @@ class ContrastiveHead:
 
     def _learn(self, result: ContrastiveResult) -> dict[str, float]:
         metrics = {"loss": float(result.loss.detach()), "head_steps_skipped": float(self.skipped)}
-        if self._settings.head_frozen:
+        if self._settings.head_frozen and not result.loss.requires_grad:
             return metrics
         # The loss is the same on all ranks, so all of them skip or none does.
         if result.num_anchors == 0 or not math.isfinite(metrics["loss"]):
@@ -107,8 +114,39 @@ class ContrastiveHead:
             return metrics | {"head_steps_skipped": float(self.skipped)}
         self.optimizer.zero_grad()
         result.loss.backward()
+        if self._settings.head_frozen:
+            return metrics
         reduce_gradients(self.module.parameters(), self._dp_group)
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         metrics["head_grad_norm"] = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
         self.optimizer.step()
         return metrics
+
+    def _keep_state_gradient(self, batch: RolloutBatch, h_bH: Tensor, row_b: Tensor) -> None:
+        gradient_BH = h_bH.new_zeros(batch.num_sequences, h_bH.shape[1])
+        if h_bH.grad is not None:
+            gradient_BH[row_b] = h_bH.grad
+        self._state_gradient = batch.row_key, reduce_sum(gradient_BH, self._dp_group)
+
+    def take_state_gradient(self, row_key: NDArray[np.int64]) -> Tensor:
+        """Gradient of the scored loss with respect to the pooled states of these rows, float32 [S, H].
+
+        As policy and head were when the batch was scored, so it is exact for the first update after it. Zeros where the
+        loss had no anchor or was not finite.
+
+        Args:
+            row_key: of rows of the batch scored last, int64 [S].
+
+        Raises:
+            CheckError: no batch was scored with `policy_gradient_weight` > 0, or a row was not in it.
+        """
+        if self._state_gradient is None:
+            raise CheckError("the contrastive loss has no gradient for the policy yet: score the batch before training")
+        known, gradient_BH = self._state_gradient
+        order = np.argsort(known)
+        place = np.searchsorted(known, row_key, sorter=order).clip(max=len(known) - 1)
+        if not np.array_equal(known[order[place]], row_key):
+            raise CheckError(
+                "a row to train on was not in the batch scored last: score the batch before training on it"
+            )
+        return gradient_BH[torch.from_numpy(order[place]).to(gradient_BH.device)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,14 +18,33 @@ from clipo_megatron.parallel.collectives import reduce_max
 from clipo_megatron.policy.settings import OptimizerSettings
 
 
-def wrap_model(model: GPTModel, config: TransformerConfig) -> DistributedDataParallel:
-    """The stage with its gradient buffers: float32, reduce-scattered over the data parallel ranks, summed."""
+def wrap_chunks(
+    chunks: Sequence[GPTModel], config: TransformerConfig, *, distributed_optimizer: bool, overlap_grad_reduce: bool
+) -> list[DistributedDataParallel]:
+    """The chunks with their gradient buffers: float32, summed over the ranks with other tokens.
+
+    The distributed optimizer reduce-scatters them; `overlap_grad_reduce` starts that during the backward pass. Parameters
+    are gathered right after an update, not during the next forward: they are scored, exported or sent before that.
+    """
     config.finalize_model_grads_func = _finalize
-    return DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-        model,
-    )
+    wrapped = [
+        DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=distributed_optimizer,
+                overlap_grad_reduce=overlap_grad_reduce,
+                grad_reduce_in_fp32=True,
+            ),
+            chunk,
+            # Only the first chunk's buckets go out while another chunk is still at work.
+            disable_bucketing=number > 0,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    if overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return wrapped
 
 
 def _finalize(
@@ -41,13 +62,14 @@ class PolicyOptimizer:
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        chunks: Sequence[DistributedDataParallel],
         settings: OptimizerSettings,
         *,
         dtype: torch.dtype,
+        distributed_optimizer: bool,
         world: dist.ProcessGroup,
     ) -> None:
-        self._model = model
+        self._chunks = list(chunks)
         self._settings = settings
         self._world = world
         self.updates = 0
@@ -64,17 +86,22 @@ class PolicyOptimizer:
                 clip_grad=settings.clip_grad,
                 bf16=dtype == torch.bfloat16,
                 params_dtype=dtype,
-                use_distributed_optimizer=True,
+                use_distributed_optimizer=distributed_optimizer,
+                optimizer_cpu_offload=settings.cpu_offload,
+                optimizer_offload_fraction=1.0 if settings.cpu_offload else 0.0,
+                use_torch_optimizer_for_cpu_offload=settings.cpu_offload,
+                overlap_cpu_optimizer_d2h_h2d=settings.cpu_offload,
             ),
-            [model],  # pyright: ignore[reportArgumentType]
+            self._chunks,  # pyright: ignore[reportArgumentType]
             config_overrides={},
             use_gloo_process_groups=False,
         )
 
     @property
-    def inner(self) -> torch.optim.Optimizer:
-        """AdamW over this rank's shard of the (float32) parameters; what a checkpoint has to keep."""
-        return self._optimizer.optimizer  # pyright: ignore[reportAttributeAccessIssue]
+    def inner(self) -> list[torch.optim.Optimizer]:
+        """AdamW over this rank's shard of the (float32) parameters, one for experts apart; what a checkpoint keeps."""
+        chained: list[Any] = self._optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
+        return [optimizer.optimizer for optimizer in chained]
 
     def learning_rate(self) -> float:
         """Of the next update."""
@@ -83,7 +110,8 @@ class PolicyOptimizer:
 
     def zero_grad(self) -> None:
         """Empty the gradient buffers."""
-        self._model.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
     def step(self, *, loss_is_finite: bool) -> tuple[bool, float]:
@@ -106,4 +134,4 @@ class PolicyOptimizer:
         return True, norm
 
     def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+        return next(self._chunks[0].parameters()).device

@@ -8,6 +8,7 @@ from typing import Literal
 
 from clipo_megatron.algorithms.contrastive import Objective
 from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.policy.precision import PrecisionSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,8 @@ class ContrastiveSettings:
     head_weight_decay: float = 0.01
     head_frozen: bool = False
     pool: Literal["decode", "response", "predictors"] = "decode"
+    policy_gradient_weight: float = 0.0
+    """Weight of the loss as an auxiliary loss of the policy; 0: it trains the head alone, as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +53,8 @@ class OptimizerSettings:
     clip_grad: float = 1.0
     warmup_updates: int = 0
     """Optimizer steps of linear warm-up."""
+    cpu_offload: bool = False
+    """Masters and moments in host memory. GPU only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +73,18 @@ class PolicySettings:
     """Split activations along the tokens between the tp ranks; no effect at tp = 1."""
     micro_batch_tokens: int
     """Packed tokens of one forward at most."""
-    recompute: Literal["none", "full"]
-    """full stores only each layer's input."""
+    recompute: Literal["none", "selective", "full"]
+    """selective recomputes attention alone; full stores only each layer's input."""
+    distributed_optimizer: bool
+    """Share out masters and moments among the dp x cp ranks."""
+    overlap_grad_reduce: bool
+    """Reduce gradients during the backward pass."""
+    precision: PrecisionSettings
+    """Of the matrix products."""
+    routing_replay: bool
+    """Send tokens to the experts that the batch names. No effect on a dense policy."""
+    freeze_router: bool
+    """Leave the routers as they are. No effect on a dense policy."""
     temperature: float
     """Of the sampling; logits are divided by it."""
     algorithm: AlgorithmSettings

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,10 +20,13 @@ from clipo_megatron.policy.micro_batch import MicroBatch
 from clipo_megatron.policy.optimizer import PolicyOptimizer
 from clipo_megatron.policy.schedule import run_backward
 from clipo_megatron.policy.settings import AlgorithmSettings
+from clipo_megatron.policy.stage import Stage
 from clipo_megatron.records import RolloutBatch, TrainReport
 
 LogProb = Callable[[MicroBatch, Tensor], Tensor]
-"""Logits [T, V / tp] of a micro-batch to the log-prob of its response tokens, float32 [R] with graph."""
+"""States [T, H] of a micro-batch to the log-prob of its response tokens, float32 [R] with graph."""
+AuxiliaryLoss = Callable[[MicroBatch, Tensor, NDArray[np.int64]], Tensor]
+"""Micro-batch, states and row keys of its sequences to this rank's share of a further loss, a scalar with graph."""
 
 _SUMS = ("loss", "kl", "clip_share", "ratio_mean")
 
@@ -53,10 +55,18 @@ def update_shares(group_id: NDArray[np.int64], *, updates: int, least_rows: int)
 class PolicyLoss:
     """The loss of one optimizer step over `batch`, micro-batch by micro-batch: shares add up to the loss."""
 
-    def __init__(self, batch: RolloutBatch, settings: AlgorithmSettings, logprob: LogProb) -> None:
-        self._batch = batch
+    def __init__(
+        self,
+        batch: RolloutBatch,
+        settings: AlgorithmSettings,
+        logprob: LogProb,
+        auxiliary: AuxiliaryLoss | None = None,
+    ) -> None:
         self._settings = settings
         self._logprob = logprob
+        self._auxiliary = auxiliary
+        self._row_key = batch.row_key
+        self._response_lengths = batch.response_lengths
         self._old_logprobs = _column(batch.old_logprobs, "old_logprobs")
         self._advantages = _column(batch.advantages, "advantages")
         self._reference = (
@@ -66,14 +76,13 @@ class PolicyLoss:
         # Of the whole step, not of this rank: packing and layout do not change the loss.
         self._denominator = self._num_response_tokens if settings.aggregation == "token_mean" else batch.num_sequences
 
-    def __call__(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, micro_batch: MicroBatch, states: Tensor) -> tuple[Tensor, Tensor]:
         """(share of the loss, its numbers: float32 [loss, each of `_SUMS`, ratio_max])."""
         settings = self._settings
-        logprob = self._logprob(micro_batch, logits)
+        logprob = self._logprob(micro_batch, states)
         old_logprob = micro_batch.response_column(self._old_logprobs)
         weight = token_weights(
-            torch.ones_like(logprob, dtype=torch.bool),
-            micro_batch.response_offsets,
+            micro_batch.sequence_column(self._response_lengths),
             aggregation=settings.aggregation,
             denominator=self._denominator,
         )
@@ -94,32 +103,35 @@ class PolicyLoss:
         ratio = (logprob.detach() - old_logprob).exp()
         numbers = [share, policy_share, kl_share, is_clipped.sum() / self._num_response_tokens]
         numbers += [ratio.sum() / self._num_response_tokens, ratio.amax() if len(ratio) else ratio.new_zeros(())]
+        if self._auxiliary is not None:
+            share = share + self._auxiliary(micro_batch, states, self._row_key[micro_batch.row])
         return share, torch.stack([number.detach().float() for number in numbers])
 
 
 def update(
-    model: DistributedDataParallel,
+    stage: Stage,
     optimizer: PolicyOptimizer,
     micro_batches: Sequence[MicroBatch],
     loss: PolicyLoss,
     *,
-    dp_group: dist.ProcessGroup,
+    group: dist.ProcessGroup,
 ) -> tuple[bool, dict[str, float]]:
     """One optimizer step.
 
-    Collectives: those of `run_backward` and `PolicyOptimizer.step`; on the last stage two of float32 [5] on `dp_group`.
+    Collectives: those of `run_backward` and `PolicyOptimizer.step`; on the last stage two of float32 [5] on `group`,
+    the ranks with other tokens (dp x cp).
 
     Returns:
         (updated, metrics): metrics of the loss are complete on the last stage only.
     """
     optimizer.zero_grad()
-    numbers = run_backward(model, micro_batches, loss)
+    numbers = run_backward(stage, micro_batches, loss)
     metrics: dict[str, float] = {}
     is_finite = True
     if numbers:
         stacked = torch.stack(numbers)
-        sums = reduce_sum(stacked[:, :-1].sum(0), dp_group).tolist()
-        metrics["ratio_max"] = float(reduce_max(stacked[:, -1].amax(0, keepdim=True), dp_group))
+        sums = reduce_sum(stacked[:, :-1].sum(0), group).tolist()
+        metrics["ratio_max"] = float(reduce_max(stacked[:, -1].amax(0, keepdim=True), group))
         is_finite = math.isfinite(sums[0])
         metrics |= dict(zip(_SUMS, sums[1:], strict=True))
     metrics["learning_rate"] = optimizer.learning_rate()

@@ -6,83 +6,87 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from clipo_megatron.parallel.collectives import gather_shards
 from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.policy.groups import Groups
+from clipo_megatron.policy.stage import Stage
 from clipo_megatron.weights.architecture import Architecture
 from clipo_megatron.weights.hf_folder import HFReader
 from clipo_megatron.weights.mapping import hf_tensors_of, local_parameter
-from clipo_megatron.weights.names import OUTPUT_LAYER, layer_range, padded_vocab_size, split_dim
+from clipo_megatron.weights.names import OUTPUT_LAYER, global_name, is_expert, padded_vocab_size, split_dim
 
 
-def global_names(model: GPTModel, architecture: Architecture, layout: ParallelLayout, *, rank: int) -> dict[str, str]:
-    """This stage's parameter names to their names in the whole model: layers are numbered over all stages."""
-    first = layer_range(architecture.num_layers, layout.pp, layout.pp_rank(rank)).start
-    names: dict[str, str] = {}
-    for name, _ in model.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(int(parts[2]) + first)
-        names[name] = ".".join(parts)
-    return names
+def mark_split_parameters(stage: Stage, architecture: Architecture) -> None:
+    """Mark the parameters that the tp (etp) ranks share out. Megatron 0.16.1 does it only while drawing initial values.
 
-
-def mark_split_parameters(model: GPTModel, architecture: Architecture, layout: ParallelLayout, *, rank: int) -> None:
-    """Mark the parameters that the tp ranks share out. Megatron 0.16.1 does it only while drawing initial values.
-
-    Without the mark the global gradient norm takes them for copies and counts those of tp rank 0 alone.
+    Without the mark the global gradient norm takes them for copies and counts those of tp rank 0 alone. An expert's are
+    never copies between tp ranks, whatever etp is.
     """
-    names = global_names(model, architecture, layout, rank=rank)
-    for name, parameter in model.named_parameters():
-        dim = split_dim(names[name], architecture)
+    for name, parameter in stage.named_parameters():
+        dim = split_dim(name, architecture)
         if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
 @torch.no_grad()
 def load_hf_weights(
-    model: GPTModel, folder: Path, architecture: Architecture, layout: ParallelLayout, *, rank: int
+    stage: Stage, folder: Path, architecture: Architecture, layout: ParallelLayout, *, rank: int
 ) -> None:
     """Set this stage's parameters from the folder; each rank reads only its own slices.
 
     Raises:
         ConfigError: a tensor is missing or has another shape.
     """
-    names = global_names(model, architecture, layout, rank=rank)
     with HFReader(folder) as reader:
-        for name, parameter in model.named_parameters():
+        for name, parameter in stage.named_parameters():
             tensor = local_parameter(
                 reader,
-                names[name],
+                name,
                 architecture,
                 tp=layout.tp,
                 tp_rank=layout.tp_rank(rank),
                 padded_vocab=padded_vocab_size(architecture.vocab_size, layout.tp),
+                etp=layout.etp,
+                etp_rank=layout.etp_rank(rank),
             )
             parameter.copy_(tensor)
 
 
 def stage_hf_tensors(
-    model: GPTModel, architecture: Architecture, layout: ParallelLayout, *, rank: int, group: dist.ProcessGroup
+    stage: Stage, architecture: Architecture, layout: ParallelLayout, groups: Groups, *, rank: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Full Hugging Face tensors of this stage, one parameter after the other, the same on all its tp ranks.
+    """Full Hugging Face tensors of this stage, one parameter after the other, the same on all its ranks.
 
     A tied output layer on a later stage is a copy of the first stage's embedding and is left out.
 
-    Collectives: one all_gather per split parameter on `group` (tp). All its ranks must draw the iterator to its end.
+    Collectives: one all_gather per split parameter on the tp group; per expert parameter one on the etp and one on the ep
+    group. All their ranks must draw the iterator to its end (`ParallelLayout.ranks_of_weights`).
 
     Yields:
         (name, tensor): in the policy's dtype, on its device.
     """
-    names = global_names(model, architecture, layout, rank=rank)
-    for name, parameter in model.named_parameters():
-        name = names[name]
+    for name, parameter in stage.named_parameters():
         if architecture.tied and name == OUTPUT_LAYER:
             continue
-        is_split = split_dim(name, architecture) is not None
-        shards = gather_shards(parameter, group) if is_split else [parameter.detach()] * layout.tp
-        yield from hf_tensors_of(name, shards, architecture)
+        if is_expert(name):
+            yield from _expert_tensors(name, parameter, architecture, layout, groups, rank=rank)
+        else:
+            is_split = split_dim(name, architecture) is not None
+            shards = gather_shards(parameter, groups.tp) if is_split else [parameter.detach()] * layout.tp
+            yield from hf_tensors_of(name, shards, architecture)
+
+
+def _expert_tensors(
+    name: str, parameter: Tensor, architecture: Architecture, layout: ParallelLayout, groups: Groups, *, rank: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The expert with this place on each ep rank, one after the other."""
+    assert architecture.experts is not None
+    num_local = architecture.experts.num_experts // layout.ep
+    own = torch.stack(gather_shards(parameter, groups.etp))
+    for ep_rank, shards in enumerate(gather_shards(own, groups.ep)):
+        distance = (ep_rank - layout.ep_rank(rank)) * num_local
+        there = global_name(name, first_layer=0, first_expert=distance)
+        yield from hf_tensors_of(there, list(shards), architecture)

@@ -11,24 +11,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from clipo_megatron.data.packing import plan_micro_batches
 from clipo_megatron.errors import CheckError
-from clipo_megatron.parallel.logprob import vocab_parallel_logprob
+from clipo_megatron.parallel.collectives import reduce_sum
+from clipo_megatron.parallel.linear_logprob import linear_logprob
 from clipo_megatron.policy import state as training_state
+from clipo_megatron.policy.build import build_stage
 from clipo_megatron.policy.contrast import ContrastiveHead
 from clipo_megatron.policy.cpu import check_version, cuda_means_cpu
 from clipo_megatron.policy.groups import make_groups
-from clipo_megatron.policy.micro_batch import MicroBatch, pack
-from clipo_megatron.policy.model import build_model, transformer_config
-from clipo_megatron.policy.optimizer import PolicyOptimizer, wrap_model
-from clipo_megatron.policy.schedule import FinalStates
+from clipo_megatron.policy.micro_batch import MicroBatch
+from clipo_megatron.policy.packer import Packer, is_sequence_split
 from clipo_megatron.policy.score import PooledStates, Pooling, TokenScores, score_batch
-from clipo_megatron.policy.settings import PolicySettings
-from clipo_megatron.policy.train import PolicyLoss, summarize, update, update_shares
-from clipo_megatron.policy.weight_io import load_hf_weights, mark_split_parameters, stage_hf_tensors
+from clipo_megatron.policy.settings import ContrastiveSettings, PolicySettings
+from clipo_megatron.policy.train import AuxiliaryLoss, PolicyLoss, summarize, update, update_shares
+from clipo_megatron.policy.weight_io import stage_hf_tensors
 from clipo_megatron.records import RolloutBatch, Scores, TrainReport
 from clipo_megatron.weights.architecture import read_architecture
 
@@ -36,7 +37,6 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 _LOG = logging.getLogger(__name__)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _on_device(
@@ -72,13 +72,15 @@ class PolicyWorker:
             cuda_means_cpu if device == "cpu" else contextlib.nullcontext
         )
         self._architecture = read_architecture(settings.model_path)
-        self._is_split = settings.sequence_parallel and layout.tp > 1
-        self._pad_multiple = layout.tp if self._is_split else 1
+        self._is_split = is_sequence_split(settings)
+        self._packer = Packer(settings, self._architecture, rank=rank, device=self._device)
         with self._scope():
             if device == "cpu":
                 check_version()
             self._groups = make_groups(layout, seed=settings.seed)
-            self._build_model()
+            self._stage, self._optimizer = build_stage(
+                settings, self._architecture, self._groups, rank=rank, device=self._device
+            )
         self._reference: list[Tensor] | None = None
         if settings.algorithm.kl_coefficient > 0:
             # The parameters still hold the model folder's weights, on every start: a resumed run loads its state later.
@@ -86,38 +88,27 @@ class PolicyWorker:
         self._head: ContrastiveHead | None = None
         self._pooling: Pooling | None = None
         if settings.contrastive is not None:
-            sp_group = self._groups.tp if self._is_split else None
-            self._pooling = Pooling(self._states, pool=settings.contrastive.pool, sp_group=sp_group)
-            if layout.is_last_stage(rank):
-                self._head = ContrastiveHead(
-                    settings.contrastive,
-                    hidden_size=self._architecture.hidden_size,
-                    seed=settings.seed,
-                    dp_group=self._groups.dp,
-                    device=self._device,
-                )
+            self._build_head(settings.contrastive)
 
-    def _build_model(self) -> None:
-        settings, layout, rank = self._settings, self._layout, self._rank
-        dtype = _DTYPES[settings.dtype]
-        config = transformer_config(
-            self._architecture,
-            layout,
-            dtype=dtype,
-            device=settings.device,
-            sequence_parallel=self._is_split,
-            recompute=settings.recompute,
+    def _build_head(self, settings: ContrastiveSettings) -> None:
+        groups = self._groups
+        self._pooling = Pooling(
+            pool=settings.pool,
+            group=groups.tp_cp if self._is_split else groups.cp,
+            sp_group=groups.tp if self._is_split else None,
         )
-        self._gpt = build_model(config, self._architecture, layout, rank=rank, device=settings.device).to(self._device)
-        mark_split_parameters(self._gpt, self._architecture, layout, rank=rank)
-        load_hf_weights(self._gpt, settings.model_path, self._architecture, layout, rank=rank)
-        self._states = FinalStates(self._gpt)
-        self._model = wrap_model(self._gpt, config)
-        self._optimizer = PolicyOptimizer(self._model, settings.optimizer, dtype=dtype, world=self._groups.world)
+        if self._stage.is_last:
+            self._head = ContrastiveHead(
+                settings,
+                hidden_size=self._architecture.hidden_size,
+                seed=self._settings.seed,
+                dp_group=groups.dp,
+                device=self._device,
+            )
 
     @property
     def reports(self) -> bool:
-        """Whether this rank is the one that returns results: last stage, tp 0, dp 0."""
+        """Whether this rank is the one that returns results: last stage, first of its tp, cp and dp ranks."""
         layout = self._layout
         return self._rank == layout.rank(tp=0, dp=0, pp=layout.pp - 1)
 
@@ -139,9 +130,10 @@ class PolicyWorker:
             CheckError: `with_reference` on a policy without a KL loss.
             ConfigError: a sequence does not fit into a micro-batch.
         """
-        micro_batches = self._plan(batch)
+        micro_batches, _ = self._packer(batch, with_routes=True)
         scores, pooled = self._forward(batch, micro_batches, pooling=self._pooling)
-        reference = self._reference_logprobs(batch, micro_batches) if with_reference else None
+        policy_metrics = self._route_agreement()
+        reference = self._reference_logprobs(batch) if with_reference else None
         loss_B, is_anchor_B = torch.zeros(batch.num_sequences), torch.zeros(batch.num_sequences, dtype=torch.bool)
         metrics: dict[str, float] = {}
         if self._head is not None:
@@ -157,6 +149,7 @@ class PolicyWorker:
             contrastive_loss=loss_B.cpu().numpy(),
             is_anchor=is_anchor_B.cpu().numpy(),
             contrastive_metrics=metrics,
+            policy_metrics=policy_metrics,
         )
 
     @_on_device
@@ -173,16 +166,20 @@ class PolicyWorker:
         Raises:
             CheckError: the batch lacks a column that the loss needs.
         """
-        self._states.drop()
         shares = update_shares(
-            batch.group_id, updates=self._settings.algorithm.updates_per_step, least_rows=self._layout.dp
+            batch.group_id,
+            updates=self._settings.algorithm.updates_per_step,
+            least_rows=self._packer.least_rows,
         )
         updates: list[tuple[bool, dict[str, float]]] = []
         for rows in shares:
             share = batch.select(rows)
-            loss = PolicyLoss(share, self._settings.algorithm, self._logprob)
-            updates.append(update(self._model, self._optimizer, self._plan(share), loss, dp_group=self._groups.dp))
-            self._states.drop()
+            micro_batches, plan = self._packer(share, with_routes=True)
+            loss = PolicyLoss(share, self._settings.algorithm, self._logprob, self._auxiliary_loss())
+            updated, metrics = update(self._stage, self._optimizer, micro_batches, loss, group=self._groups.dp_cp)
+            metrics |= {"padding_share": plan.padding_share, "imbalance": plan.imbalance}
+            updates.append((updated, metrics))
+        self._route_agreement()
         if not self.reports:
             return None
         report = summarize(updates)
@@ -195,12 +192,12 @@ class PolicyWorker:
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """This stage's weights as full Hugging Face tensors, one after the other; tied embeddings from one stage only.
 
-        Collectives: one all_gather per split parameter over the stage's tp ranks, which must all draw it to its end.
+        Collectives: those of `stage_hf_tensors`; all of `ParallelLayout.ranks_of_weights` must draw it to its end.
 
         Yields:
-            (name, tensor) on the policy's device and in its dtype, the same on all tp and dp ranks.
+            (name, tensor) on the policy's device and in its dtype, the same on all ranks of the stage.
         """
-        return stage_hf_tensors(self._gpt, self._architecture, self._layout, rank=self._rank, group=self._groups.tp)
+        return stage_hf_tensors(self._stage, self._architecture, self._layout, self._groups, rank=self._rank)
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of the training state into `folder`, which exists.
@@ -229,8 +226,8 @@ class PolicyWorker:
         """
         tensors, plain = training_state.read_state(folder, self._rank, identity=self._identity())
         training_state.check_tensors(folder, tensors, self._state_tensors())
-        for name, parameter in self._gpt.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
+        for name, value in self._model_tensors().items():
+            value.copy_(tensors[name])
         for name, optimizer in self._optimizers().items():
             training_state.restore_optimizer(optimizer, name, tensors, plain["steps"][name])
         self._optimizer.updates = plain["updates"]
@@ -240,47 +237,60 @@ class PolicyWorker:
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"])
 
-    def _plan(self, batch: RolloutBatch) -> list[MicroBatch]:
-        plan = plan_micro_batches(
-            batch.lengths,
-            dp=self._layout.dp,
-            token_budget=self._settings.micro_batch_tokens,
-            pad_multiple=self._pad_multiple,
-        )
-        rows = plan.rows[self._layout.dp_rank(self._rank)]
-        return [pack(batch, part, pad_multiple=self._pad_multiple, device=self._device) for part in rows]
-
-    def _token_scores(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-        logprob, entropy = vocab_parallel_logprob(
-            logits,
+    def _token_scores(self, micro_batch: MicroBatch, states: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_logprob(
+            states,
+            self._stage.output_weight,
+            torch.from_numpy(micro_batch.predictor),
             micro_batch.labels,
             temperature=self._settings.temperature,
             vocab_size=self._architecture.vocab_size,
             group=self._groups.tp,
+            is_split=self._is_split,
         )
-        return logprob[micro_batch.predictor], entropy[micro_batch.predictor]
 
-    def _logprob(self, micro_batch: MicroBatch, logits: Tensor) -> Tensor:
-        return self._token_scores(micro_batch, logits)[0]
+    def _logprob(self, micro_batch: MicroBatch, states: Tensor) -> Tensor:
+        return self._token_scores(micro_batch, states)[0]
+
+    def _auxiliary_loss(self) -> AuxiliaryLoss | None:
+        """The contrastive loss as a loss of the policy: linear in the pooled states, with the gradient found in `score`."""
+        contrastive, head, pooling = self._settings.contrastive, self._head, self._pooling
+        if contrastive is None or contrastive.policy_gradient_weight == 0 or head is None or pooling is None:
+            return None
+
+        def loss(micro_batch: MicroBatch, states: Tensor, row_key: NDArray[np.int64]) -> Tensor:
+            gradient = contrastive.policy_gradient_weight * head.take_state_gradient(row_key)
+            return pooling.weighted_sum(micro_batch, states, gradient)
+
+        return loss
 
     def _forward(
         self, batch: RolloutBatch, micro_batches: Sequence[MicroBatch], *, pooling: Pooling | None
     ) -> tuple[TokenScores, PooledStates | None]:
         return score_batch(
-            self._model,
+            self._stage,
             micro_batches,
             num_tokens=len(batch.input_ids),
             score=self._token_scores,
             pooling=pooling,
-            dp_group=self._groups.dp,
+            group=self._groups.dp_cp,
         )
 
-    def _reference_logprobs(self, batch: RolloutBatch, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def _route_agreement(self) -> dict[str, float]:
+        """How often the routers would have chosen the experts that they were given, since the last call."""
+        if self._stage.replay is None:
+            return {}
+        counts = reduce_sum(self._stage.replay.take_counts().to(self._device), self._groups.world).tolist()
+        return {"route_agreement": counts[0] / counts[1]} if counts[1] else {}
+
+    def _reference_logprobs(self, batch: RolloutBatch) -> Tensor:
         if self._reference is None:
             raise CheckError(
                 "score(with_reference=True) on a policy with kl_coefficient = 0: it keeps no reference weights; score "
                 "without the reference or set a KL coefficient"
             )
+        # Another policy than the engine's, so its routers decide by themselves.
+        micro_batches, _ = self._packer(batch, with_routes=False)
         own = self._host_copy()
         self._set_parameters(self._reference)
         try:
@@ -289,19 +299,23 @@ class PolicyWorker:
             self._set_parameters(own)
 
     def _host_copy(self) -> list[Tensor]:
-        return [parameter.detach().to("cpu", copy=True) for parameter in self._gpt.parameters()]
+        return [parameter.detach().to("cpu", copy=True) for parameter in self._stage.parameters()]
 
     @torch.no_grad()
     def _set_parameters(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self._gpt.parameters(), values, strict=True):
+        for parameter, value in zip(self._stage.parameters(), values, strict=True):
             parameter.copy_(value)
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        optimizers = {"policy": self._optimizer.inner}
+        optimizers = {f"policy.{number}": optimizer for number, optimizer in enumerate(self._optimizer.inner)}
         return optimizers | ({"head": self._head.optimizer} if self._head else {})
 
+    def _model_tensors(self) -> dict[str, Tensor]:
+        named = [*self._stage.named_parameters(), *self._stage.named_buffers()]
+        return {f"model.{name}": tensor.detach() for name, tensor in named}
+
     def _state_tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": parameter.detach() for name, parameter in self._gpt.named_parameters()}
+        tensors = self._model_tensors()
         for name, optimizer in self._optimizers().items():
             tensors |= training_state.optimizer_tensors(optimizer, name)
         return tensors

@@ -13,9 +13,11 @@ from clipo_megatron.recipe.sections import (
     ContrastiveSection,
     DataSection,
     EvaluationSection,
+    ExpertsSection,
     LayoutSection,
     ModelSection,
     OptimizerSection,
+    PrecisionSection,
     RewardSection,
     RolloutSection,
     RunSection,
@@ -31,6 +33,8 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     layout: LayoutSection = LayoutSection()
+    precision: PrecisionSection = PrecisionSection()
+    experts: ExpertsSection = ExpertsSection()
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     contrastive: ContrastiveSection = ContrastiveSection()
@@ -43,7 +47,7 @@ class Recipe(Section):
     @property
     def dp(self) -> int:
         """Data parallel degree of the trainer."""
-        return self.layout.world_size // (self.layout.tp * self.layout.pp)
+        return self.layout.world_size // (self.layout.tp * self.layout.cp * self.layout.pp)
 
     @property
     def fingerprint(self) -> str:

@@ -4,40 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from clipo_megatron.recipe.layout_rules import layout_problems
 from clipo_megatron.recipe.recipe import Recipe
+from clipo_megatron.recipe.sections import PrecisionSection
 
 
 def recipe_problems(recipe: Recipe) -> list[str]:
     """All faults between keys: the keys, the values found, the rule, what to do. Empty when the recipe can run."""
-    return [problem for rule in _RULES for problem in rule(recipe)]
-
-
-def _layout(recipe: Recipe) -> Iterator[str]:
-    layout = recipe.layout
-    model_ranks = layout.tp * layout.pp
-    if layout.world_size % model_ranks:
-        yield (
-            f"layout.world_size = {layout.world_size}: must be a multiple of tp * pp = {layout.tp} * {layout.pp} = "
-            f"{model_ranks}; use {model_ranks * max(1, round(layout.world_size / model_ranks))}"
-        )
-    if layout.sequence_parallel and layout.micro_batch_tokens % layout.tp:
-        yield (
-            f"layout.micro_batch_tokens = {layout.micro_batch_tokens}: sequence parallelism splits it between "
-            f"layout.tp = {layout.tp} ranks, so it must be a multiple of {layout.tp}"
-        )
-    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
-    if longest > layout.micro_batch_tokens:
-        yield (
-            f"layout.micro_batch_tokens = {layout.micro_batch_tokens}: the longest sequence has "
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens and must fit into one micro-batch"
-        )
-    elif layout.world_size > model_ranks and 2 * longest > layout.micro_batch_tokens:
-        # Below this, sequences can't always be dealt as equally many micro-batches to the data parallel ranks.
-        yield (
-            f"layout.micro_batch_tokens = {layout.micro_batch_tokens}: with data parallel ranks a micro-batch must hold two "
-            f"sequences of data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens; use at least "
-            f"{2 * longest}"
-        )
+    return layout_problems(recipe) + [problem for rule in _RULES for problem in rule(recipe)]
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:
@@ -57,14 +31,6 @@ def _batch(recipe: Recipe) -> Iterator[str]:
             f"algorithm.prompts_per_step = {algorithm.prompts_per_step}: must be a multiple of "
             f"algorithm.updates_per_step = {algorithm.updates_per_step}, so that each update has as many prompts"
         )
-    prompts_per_update = algorithm.prompts_per_step // algorithm.updates_per_step
-    if recipe.layout.world_size % (recipe.layout.tp * recipe.layout.pp) == 0:
-        sequences = prompts_per_update * algorithm.group_size
-        if sequences < recipe.dp:
-            yield (
-                f"algorithm: one update has {sequences} sequences for {recipe.dp} data parallel ranks, and each needs "
-                "at least one; raise prompts_per_step or group_size"
-            )
 
 
 def _contrastive(recipe: Recipe) -> Iterator[str]:
@@ -98,6 +64,73 @@ def _contrastive(recipe: Recipe) -> Iterator[str]:
         yield f"contrastive.warmup_steps = {section.warmup_steps}: a frozen head learns nothing in them; set it to 0"
 
 
+def _contrastive_gradient(recipe: Recipe) -> Iterator[str]:
+    section, updates = recipe.contrastive, recipe.algorithm.updates_per_step
+    if not section.enabled:
+        return
+    weight = section.policy_gradient_weight
+    if section.gradient == "head_only":
+        if weight:
+            yield (
+                f"contrastive.policy_gradient_weight = {weight}: has an effect only with gradient=policy, found head_only; "
+                "set it to 0"
+            )
+        return
+    if weight == 0:
+        yield (
+            "contrastive.policy_gradient_weight = 0.0: with contrastive.gradient = policy nothing would reach the policy; "
+            "set it above 0, or contrastive.gradient=head_only"
+        )
+    if updates > 1:
+        yield (
+            f"algorithm.updates_per_step = {updates}: with contrastive.gradient = policy the loss compares the rows of the "
+            "whole step, so the step is one update; set it to 1, or contrastive.gradient=head_only"
+        )
+
+
+def _precision(recipe: Recipe) -> Iterator[str]:
+    section, device = recipe.precision, recipe.run.device
+    if section.recipe == "delayed" and section.first_last_layers_bf16:
+        yield (
+            "precision.first_last_layers_bf16 = true: Megatron refuses it with precision.recipe = delayed, whose maxima are "
+            "reduced once for all layers; set it to false, or choose tensorwise or blockwise"
+        )
+    if section.recipe == "none" and section.first_last_layers_bf16:
+        yield (
+            "precision.first_last_layers_bf16 = true: has an effect only with FP8, found precision.recipe = none; set it to "
+            "false or choose a recipe"
+        )
+    if section.recipe != "delayed" and section.amax_history != PrecisionSection().amax_history:
+        yield (
+            f"precision.amax_history = {section.amax_history}: has an effect only with precision.recipe = delayed, found "
+            f"{section.recipe}; leave it out"
+        )
+    if recipe.model.dtype == "float32" and device == "cuda":
+        # Transformer Engine has flash and fused kernels for packed sequences, and none of them takes 32 bits.
+        yield (
+            "model.dtype = float32: there is no attention kernel for packed sequences in float32 on a GPU; set it to "
+            "bfloat16, or run.device=cpu"
+        )
+    if recipe.model.dtype == "float32" and device == "auto" and section.recipe != "none":
+        yield (
+            f"model.dtype = float32: precision.recipe = {section.recipe} replaces bfloat16 products on a GPU, and run.device "
+            "= auto may find one; set it to bfloat16, or run.device=cpu to emulate FP8"
+        )
+
+
+def _offload(recipe: Recipe) -> Iterator[str]:
+    if not recipe.optimizer.cpu_offload:
+        return
+    if recipe.run.device == "cpu":
+        yield "optimizer.cpu_offload = true: has an effect only on a GPU, found run.device = cpu; set it to false"
+    if not recipe.layout.distributed_optimizer:
+        # Only the distributed optimizer hands its float32 masters to Megatron's hybrid optimizer.
+        yield (
+            "optimizer.cpu_offload = true: needs the distributed optimizer, found layout.distributed_optimizer = false; set "
+            "that to true or cpu_offload to false"
+        )
+
+
 def _gate(recipe: Recipe) -> Iterator[str]:
     run = recipe.run
     if run.gate_mean_logprob_difference > run.gate_max_logprob_difference:
@@ -107,4 +140,4 @@ def _gate(recipe: Recipe) -> Iterator[str]:
         )
 
 
-_RULES = (_layout, _batch, _contrastive, _gate)
+_RULES = (_batch, _contrastive, _contrastive_gradient, _precision, _offload, _gate)

@@ -28,7 +28,7 @@ class ModelSection(Section):
 
 
 class LayoutSection(Section):
-    """How the trainer's ranks are split; data parallel is what is left: world_size / (tp * pp)."""
+    """How the trainer's ranks are split; data parallel is what is left: world_size / (tp * cp * pp)."""
 
     world_size: Positive = 1
     """Trainer ranks, one GPU each."""
@@ -36,12 +36,47 @@ class LayoutSection(Section):
     """Tensor parallel degree."""
     pp: Positive = 1
     """Pipeline parallel degree."""
+    vpp: Positive = 1
+    """Model chunks of one pipeline stage; more than one: Megatron's interleaved schedule, with smaller bubbles."""
+    cp: Positive = 1
+    """Context parallel degree: ranks that share out the tokens of each sequence."""
+    ep: Positive = 1
+    """Expert parallel degree, over the ranks of a stage. Mixture of experts only."""
+    etp: Positive = 1
+    """Tensor parallel degree of one expert. Mixture of experts only."""
     sequence_parallel: bool = True
     """Split activations along the tokens between the tensor-parallel ranks; without effect at tp = 1."""
     micro_batch_tokens: Positive = 8192
-    """Packed tokens of one forward at most, padding included; no sequence may be longer."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation recomputation: full stores only each layer's input."""
+    """Packed tokens of one forward at most, over all cp ranks, padding included; no sequence may be longer."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation in the backward pass: selective: attention alone; full: stores each layer's input only."""
+    distributed_optimizer: bool = True
+    """Share out float32 masters and moments among the data (and context) parallel ranks."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients while the backward pass goes on; without effect at dp * cp = 1."""
+
+
+class PrecisionSection(Section):
+    """Number format of the policy's matrix products; embeddings, router, output layer and head are never FP8."""
+
+    recipe: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    """FP8 scaling: delayed (per tensor, from the history of maxima), tensorwise (per tensor, of its own values),
+    blockwise (128 x 128 weights, 1 x 128 the rest). Transformer Engine on a GPU, emulated in float on a CPU."""
+    first_last_layers_bf16: bool = False
+    """Leave the first and the last layer unquantised. Not with delayed."""
+    amax_history: Positive = 1024
+    """Steps of maxima that a scale is taken from. Delayed only."""
+
+
+class ExpertsSection(Section):
+    """Mixture-of-experts policies only. Load balancing losses and router biases are off: they would move the policy
+    for other reasons than its reward.
+    """
+
+    routing_replay: bool = True
+    """The trainer sends each token to the experts that the engine sent it to (R3)."""
+    freeze_router: bool = False
+    """Leave the routers as they are."""
 
 
 class RolloutSection(Section):
@@ -133,6 +168,11 @@ class ContrastiveSection(Section):
     """Keep the head at its random start (the paper's ablation)."""
     warmup_steps: NotNegative = 0
     """First steps in which only the head learns and the policy waits. The reference's critic_warmup = w is w - 1 here."""
+    gradient: Literal["head_only", "policy"] = "head_only"
+    """head_only is the paper's: the loss trains the head alone. policy: its gradient reaches the policy as well, an
+    auxiliary loss for research."""
+    policy_gradient_weight: NotNegativeFloat = 0.0
+    """Weight of that auxiliary loss; with gradient=policy only."""
     pool: Literal["decode", "response", "predictors"] = "decode"
     """Positions averaged, by the token at the input: decode o_1..o_(T-1), response o_1..o_T, predictors the prompt's
     last and o_1..o_(T-1)."""
@@ -150,6 +190,8 @@ class OptimizerSection(Section):
     """Bound on the global gradient norm."""
     warmup_updates: NotNegative = 0
     """Optimizer steps of linear warm-up."""
+    cpu_offload: bool = False
+    """Keep masters and moments in host memory and update them there. GPU only."""
 
 
 class DataSection(Section):

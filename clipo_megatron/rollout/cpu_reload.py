@@ -8,14 +8,10 @@ Same family as https://github.com/vllm-project/vllm/issues/48312; tests/vllm/tes
 from __future__ import annotations
 
 import torch
-import vllm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
-from clipo_megatron.errors import EngineError
-
-CHECKED_RELEASE = (0, 32)
-"""The vLLM release in which the repair was compared with a fresh engine."""
+from clipo_megatron.rollout.cpu_release import require_checked_release
 
 
 def repack_after_reload(model: torch.nn.Module) -> None:
@@ -29,12 +25,7 @@ def repack_after_reload(model: torch.nn.Module) -> None:
     """
     if not current_platform.is_cpu():
         return
-    release = tuple(int(part) for part in vllm.__version__.split(".")[:2])
-    if release != CHECKED_RELEASE:
-        raise EngineError(
-            f"vLLM {vllm.__version__} on a CPU: weights can be updated in {'.'.join(map(str, CHECKED_RELEASE))} only, "
-            "as the repair of tied heads and experts is checked against that release; install it"
-        )
+    require_checked_release("weights can be updated")
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(module, ParallelLMHead):

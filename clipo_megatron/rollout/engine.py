@@ -13,8 +13,9 @@ import numpy as np
 
 from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.errors import CheckError, EngineError
-from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, Sampling, VersionSpan, WeightBucket
+from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, Routes, Sampling, VersionSpan, WeightBucket
 from clipo_megatron.rollout.environment import environment_problems
+from clipo_megatron.rollout.routes import rollout_routes
 from clipo_megatron.rollout.sampling import rollout_seed, stop_token_ids
 from clipo_megatron.rollout.settings import EngineSettings
 from clipo_megatron.sync.shared_memory import published
@@ -24,7 +25,7 @@ from clipo_megatron.weights.names import hf_tensor_specs
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
-    from vllm.outputs import CompletionOutput
+    from vllm.outputs import RequestOutput
 
 _CPU_BATCH_TOKENS = 4096
 """Prompt tokens of one forward on a CPU; prompts that don't fit wait for the next one."""
@@ -51,7 +52,11 @@ class RolloutEngine:
         self._stop_ids = stop_token_ids(settings.model_path, self._tokenizer.eos_token_id)  # pyright: ignore
         self._max_model_len = settings.max_model_len
         self._state = SyncState()
+        self._return_routed_experts = settings.return_routed_experts
+        self._records_routes = settings.return_routed_experts and settings.device == "cpu"
         self._llm: LLM | None = _start_vllm(settings)
+        if self._records_routes:
+            self._on_workers("clipo_record_routes")
 
     @property
     def version(self) -> int | None:
@@ -67,7 +72,7 @@ class RolloutEngine:
 
         A response depends on (weights, seed, step, prompt, sample number) only: not on the other prompts of the call,
         nor on the calls before. Log-probs are those of the distribution sampled from; at temperature 0, those of
-        temperature 1.
+        temperature 1. Routed experts, if asked for, are those of every token but the last.
 
         Args:
             prompts: at most max_model_len - max_tokens ids each.
@@ -80,7 +85,7 @@ class RolloutEngine:
 
         Raises:
             EngineError: the engine does not hold `version`, or a prompt is too long.
-            CheckError: a log-prob is not finite.
+            CheckError: a log-prob is not finite, or a token has no routed experts though they were asked for.
         """
         llm = self._running()
         self._state.ready(version)
@@ -98,7 +103,8 @@ class RolloutEngine:
                 requests.append({"prompt_token_ids": token_ids})
                 parameters.append(self._parameters(request_seed, sampling))
         outputs = llm.generate(requests, parameters, use_tqdm=False)
-        rollouts = [self._rollout(output.outputs[0], version) for output in outputs]
+        recorded: dict[str, Routes] = llm.collective_rpc("clipo_take_routes")[0] if self._records_routes else {}
+        rollouts = [self._rollout(output, recorded, version) for output in outputs]
         return [
             RolloutGroup(prompt=prompt, rollouts=tuple(rollouts[row * sampling.samples : (row + 1) * sampling.samples]))
             for row, prompt in enumerate(prompts)
@@ -217,7 +223,8 @@ class RolloutEngine:
                 text = f"engine worker {rank} of {len(replies)}: {method}: {kind}: {message}"
                 raise CheckError(text) if kind == "CheckError" else EngineError(text)
 
-    def _rollout(self, completion: CompletionOutput, version: int | None) -> Rollout:
+    def _rollout(self, output: RequestOutput, recorded: dict[str, Routes], version: int | None) -> Rollout:
+        completion = output.outputs[0]
         ids = np.asarray(completion.token_ids, np.int32)
         logprobs = np.asarray(completion.logprobs.logprobs, np.float32)  # pyright: ignore
         if len(logprobs) != len(ids) or not np.isfinite(logprobs).all():
@@ -234,7 +241,15 @@ class RolloutEngine:
             finish=Finish(completion.finish_reason),
             policy_versions=spans,
             text=str(self._tokenizer.decode(ids, skip_special_tokens=True)),
+            routed_experts=self._routes(output, recorded),
         )
+
+    def _routes(self, output: RequestOutput, recorded: dict[str, Routes]) -> Routes | None:
+        completion = output.outputs[0]
+        if not self._return_routed_experts or completion.finish_reason == Finish.ABORT:
+            return None
+        fed = recorded.get(output.request_id) if self._records_routes else completion.routed_experts
+        return rollout_routes(fed, len(output.prompt_token_ids or ()) + len(completion.token_ids))
 
 
 def _check_environment(device: str, tp: int) -> None:
@@ -268,6 +283,7 @@ def _start_vllm(settings: EngineSettings) -> LLM:
         # vLLM 0.32 turns back the generator of a seeded request whose prompt it splits, and a CPU generator can't be.
         enable_chunked_prefill=False if on_cpu else None,
         max_num_batched_tokens=max(_CPU_BATCH_TOKENS, settings.max_model_len) if on_cpu else None,
+        enable_return_routed_experts=settings.return_routed_experts and not on_cpu,
         worker_extension_cls="clipo_megatron.rollout.receiver.WeightReceiver",
         seed=settings.seed,
     )

@@ -1,4 +1,4 @@
-"""The receiving end of a weight update inside vLLM's worker processes.
+"""What is added to vLLM's worker processes: the receiving end of a weight update, and on CPUs the recorder of routes.
 
 vLLM mixes the class into its Worker, and the engine calls its methods on all its workers at once.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from clipo_megatron.errors import ClipoError
-from clipo_megatron.records import TensorSpec, WeightBucket
+from clipo_megatron.records import Routes, TensorSpec, WeightBucket
 from clipo_megatron.sync.bucket import unpack
 from clipo_megatron.sync.shared_memory import attach
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    from clipo_megatron.rollout.cpu_routes import RouteRecorder
     from clipo_megatron.rollout.reload import LayerwiseReload
 
 Reply = tuple[str, str]
@@ -40,6 +41,7 @@ class WeightReceiver:
     model_config: ModelConfig
     model_runner: GPUModelRunner
     clipo_reload: LayerwiseReload
+    clipo_routes: RouteRecorder
 
     def clipo_begin_update(self) -> Reply:
         """Get ready for the tensors of a whole model."""
@@ -81,6 +83,20 @@ class WeightReceiver:
     def clipo_abandon_update(self) -> Reply:
         """Drop a half-done update."""
         return _answer(self, lambda reload: reload.abandon())
+
+    def clipo_record_routes(self) -> Reply:
+        """Record from here on which experts each token is sent to. On CPUs; vLLM itself does it on GPUs."""
+        from clipo_megatron.rollout.cpu_routes import RouteRecorder
+
+        try:
+            self.clipo_routes = RouteRecorder(self.model_runner, self.vllm_config)
+        except _EXPECTED as error:
+            return type(error).__name__, str(error)
+        return "", ""
+
+    def clipo_take_routes(self) -> dict[str, Routes]:
+        """The routes recorded since the last call, by request; all of them on each worker."""
+        return self.clipo_routes.take()
 
 
 def _answer(worker: WeightReceiver, work: Callable[[LayerwiseReload], None]) -> Reply:

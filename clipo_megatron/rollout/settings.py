@@ -32,3 +32,5 @@ class EngineSettings:
     """Share the KV cache of common prompts."""
     seed: int
     """Of vLLM's own generator; requests have their own seeds."""
+    return_routed_experts: bool = False
+    """Return the experts that each token was sent to. Mixture of experts only; on a GPU it needs prefix_caching."""

@@ -39,6 +39,20 @@ class Llama3RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """The mixture of experts that each layer has in place of one MLP.
+
+    A token's weights of its experts are the softmax over their logits alone (`norm_topk_prob` = true).
+    """
+
+    num_experts: int
+    """Of one layer."""
+    experts_per_token: int
+    ffn_size: int
+    """Width of an expert's gate and of its up projection, each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """All that a policy is built from."""
 
@@ -51,7 +65,7 @@ class Architecture:
     num_kv_heads: int
     head_dim: int
     ffn_size: int
-    """Width of the gate and of the up projection, each."""
+    """Width of the gate and of the up projection, each; no weight has it where there are experts."""
     vocab_size: int
     """Rows of the embedding in the Hugging Face folder, not padded for tp."""
     tied: bool
@@ -67,11 +81,16 @@ class Architecture:
     """Of the stored weights: "float32", "bfloat16" or "float16"."""
     eos_ids: tuple[int, ...]
     """Token ids that end a response: those of generation_config.json, if it has any, else of config.json."""
+    experts: Experts | None = None
+    """None in a dense model."""
 
     @property
     def sizes(self) -> Sizes:
         """Numbers behind the dims of the name tables."""
-        return {
+        of_experts = (
+            {} if self.experts is None else {"experts": self.experts.num_experts, "expert_ffn": self.experts.ffn_size}
+        )
+        return of_experts | {
             "vocab": self.vocab_size,
             "hidden": self.hidden_size,
             "ffn": self.ffn_size,
@@ -110,6 +129,7 @@ def read_architecture(folder: Path) -> Architecture:
         max_positions=keys.count("max_position_embeddings"),
         dtype=_dtype(keys),
         eos_ids=_eos_ids(keys, folder / GENERATION_CONFIG_FILE),
+        experts=_experts(keys) if family.has_experts else None,
     )
     if architecture.num_heads % architecture.num_kv_heads:
         keys.refuse("num_key_value_heads", f"must divide num_attention_heads = {architecture.num_heads}")
@@ -216,6 +236,30 @@ def _rope(keys: _Keys) -> tuple[float, Llama3RopeScaling | None]:
         rope.refuse(type_key, "only default and llama3 are supported; take another model")
         return base, None
     return base, _llama3(rope)
+
+
+def _experts(keys: _Keys) -> Experts:
+    """Published folders count the experts in `num_experts`, transformers 5 writes `num_local_experts`."""
+    both = ("num_experts", "num_local_experts")
+    key = both[1] if both[0] not in keys.values and both[1] in keys.values else both[0]
+    if all(name in keys.values for name in both) and keys.get(both[0]) != keys.get(both[1]):
+        keys.refuse(both[1], f"differs from {both[0]} = {json.dumps(keys.get(both[0]))}; remove the wrong one")
+    experts = Experts(
+        num_experts=keys.count(key),
+        experts_per_token=keys.count("num_experts_per_tok"),
+        ffn_size=keys.count("moe_intermediate_size"),
+    )
+    if experts.experts_per_token > experts.num_experts:
+        keys.refuse("num_experts_per_tok", f"must be <= {key} = {experts.num_experts}")
+    if keys.get("norm_topk_prob") is not True:  # transformers takes a missing one for false
+        keys.refuse(
+            "norm_topk_prob", "only true is supported (weights of the chosen experts sum to 1); take another model"
+        )
+    if keys.get("decoder_sparse_step") not in (None, 1):
+        keys.refuse("decoder_sparse_step", "only 1 is supported (experts in every layer); take another model")
+    if keys.get("mlp_only_layers") not in (None, []):
+        keys.refuse("mlp_only_layers", "only [] is supported (experts in every layer); take another model")
+    return experts
 
 
 def _llama3(rope: _Keys) -> Llama3RopeScaling:

@@ -1,7 +1,8 @@
-"""The name tables, Hugging Face <-> Megatron's GPTModel: one per model family. A new dense family is a few lines here.
+"""The name tables, Hugging Face <-> Megatron's GPTModel: one per model family. A new family is a few lines here.
 
-Left: parameter names of GPTModel with local layer specs, with the layer's number in the whole model. Right: names and
-shapes in the Hugging Face folder. Dims: hidden, ffn, vocab, query and kv (heads * head_dim), head_dim.
+Left: parameter names of GPTModel with local layer specs, with the numbers of layer and expert in the whole model.
+Right: names and shapes in the Hugging Face folder. Dims: hidden, ffn, vocab, query and kv (heads * head_dim), head_dim,
+experts, expert_ffn.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class Family:
         """Whether a Megatron parameter of the table ends in `megatron_suffix`."""
         return any(rule.megatron.endswith(megatron_suffix) for rule in self.rules)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether its layers are mixtures of experts."""
+        return any(rule.is_of_expert for rule in self.rules)
+
 
 def _whole(megatron: str, split: Split, hf: str, *dims: str) -> Rule:
     return Rule(megatron, split, (HFTensor(hf, dims),))
@@ -40,7 +46,7 @@ def _layer(megatron: str, split: Split, *tensors: tuple[str, tuple[str, ...]]) -
 _BOTTOM = (
     _whole("embedding.word_embeddings.weight", Split.VOCAB_PARALLEL, "model.embed_tokens.weight", "vocab", "hidden"),
 )
-_LAYER = (
+_ATTENTION = (
     _layer("input_layernorm.weight", Split.REPLICATED, ("input_layernorm.weight", ("hidden",))),
     _layer(
         "self_attention.linear_qkv.weight",
@@ -51,6 +57,8 @@ _LAYER = (
     ),
     _layer("self_attention.linear_proj.weight", Split.ROW_PARALLEL, ("self_attn.o_proj.weight", ("hidden", "query"))),
     _layer("pre_mlp_layernorm.weight", Split.REPLICATED, ("post_attention_layernorm.weight", ("hidden",))),
+)
+_DENSE_MLP = (
     _layer(
         "mlp.linear_fc1.weight",
         Split.COLUMN_PARALLEL,
@@ -58,6 +66,20 @@ _LAYER = (
         ("mlp.up_proj.weight", ("ffn", "hidden")),
     ),
     _layer("mlp.linear_fc2.weight", Split.ROW_PARALLEL, ("mlp.down_proj.weight", ("hidden", "ffn"))),
+)
+_EXPERTS = (
+    _layer("mlp.router.weight", Split.REPLICATED, ("mlp.gate.weight", ("experts", "hidden"))),
+    _layer(
+        "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+        Split.COLUMN_PARALLEL,
+        ("mlp.experts.{expert}.gate_proj.weight", ("expert_ffn", "hidden")),
+        ("mlp.experts.{expert}.up_proj.weight", ("expert_ffn", "hidden")),
+    ),
+    _layer(
+        "mlp.experts.local_experts.{expert}.linear_fc2.weight",
+        Split.ROW_PARALLEL,
+        ("mlp.experts.{expert}.down_proj.weight", ("hidden", "expert_ffn")),
+    ),
 )
 _QKV_BIAS = (
     _layer(
@@ -80,9 +102,12 @@ _TOP = (
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family(name="llama", hf_class="LlamaForCausalLM", rules=_BOTTOM + _LAYER + _TOP),
-        Family(name="qwen2", hf_class="Qwen2ForCausalLM", rules=_BOTTOM + _LAYER + _QKV_BIAS + _TOP),
-        Family(name="qwen3", hf_class="Qwen3ForCausalLM", rules=_BOTTOM + _LAYER + _QK_NORM + _TOP),
+        Family(name="llama", hf_class="LlamaForCausalLM", rules=_BOTTOM + _ATTENTION + _DENSE_MLP + _TOP),
+        Family(name="qwen2", hf_class="Qwen2ForCausalLM", rules=_BOTTOM + _ATTENTION + _QKV_BIAS + _DENSE_MLP + _TOP),
+        Family(name="qwen3", hf_class="Qwen3ForCausalLM", rules=_BOTTOM + _ATTENTION + _QK_NORM + _DENSE_MLP + _TOP),
+        Family(
+            name="qwen3_moe", hf_class="Qwen3MoeForCausalLM", rules=_BOTTOM + _ATTENTION + _QK_NORM + _EXPERTS + _TOP
+        ),
     )
 }
 
@@ -90,4 +115,7 @@ FUSED_NORM_ALIASES: dict[str, str] = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-"""Transformer Engine's layer spec fuses these norms into the linear after it: its name -> the tables' name."""
+"""Transformer Engine's layer spec fuses these norms into the linear after it: its name -> the tables' name.
+
+An alias holds only where the table has that linear: the norm before a mixture of experts is a module of its own.
+"""

@@ -8,7 +8,7 @@ from typing import cast
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.weights.architecture import CONFIG_FILE, DTYPES, Architecture, read_architecture, read_json_object
 from clipo_megatron.weights.hf_folder import HFReader
-from clipo_megatron.weights.names import hf_tensor_specs
+from clipo_megatron.weights.names import hf_tensor_specs, uneven_stages
 
 _TOKENIZER_FILE = "tokenizer.json"
 _OUTPUT_TENSOR = "lm_head.weight"
@@ -17,13 +17,18 @@ _DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 _NAMES_SHOWN = 3
 
 
-def model_folder_problems(folder: Path, *, tp: int = 1, pp: int = 1, rollout_tp: int = 1) -> list[str]:
+def model_folder_problems(
+    folder: Path, *, tp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, etp: int = 1, rollout_tp: int = 1
+) -> list[str]:
     """All faults of a model folder, and of the layouts against its model. No weight is read.
 
     Args:
         folder: Hugging Face folder of the policy.
         tp: tensor parallel degree of the trainer.
         pp: pipeline parallel degree of the trainer.
+        vpp: model chunks of one of its stages.
+        ep: expert parallel degree of the trainer.
+        etp: tensor parallel degree of an expert in the trainer.
         rollout_tp: tensor parallel degree of a rollout engine.
 
     Returns:
@@ -44,30 +49,60 @@ def model_folder_problems(folder: Path, *, tp: int = 1, pp: int = 1, rollout_tp:
     except ConfigError as error:
         problems += error.problems
     if arch is not None:
-        problems += layout_problems(arch, tp=tp, pp=pp, rollout_tp=rollout_tp) + _tokenizer_problems(folder, arch)
+        problems += layout_problems(arch, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, rollout_tp=rollout_tp)
+        problems += _tokenizer_problems(folder, arch)
     return problems
 
 
-def layout_problems(arch: Architecture, *, tp: int, pp: int, rollout_tp: int) -> list[str]:
+def layout_problems(arch: Architecture, *, tp: int, pp: int, vpp: int, ep: int, etp: int, rollout_tp: int) -> list[str]:
     """Layouts that the model can't be split by; arguments and result as in `model_folder_problems`."""
-    rules = (
-        ("layout.tp", tp, "num_attention_heads", arch.num_heads),
-        ("layout.tp", tp, "num_key_value_heads", arch.num_kv_heads),
-        ("layout.tp", tp, "intermediate_size", arch.ffn_size),
-        ("layout.pp", pp, "num_hidden_layers", arch.num_layers),
-        ("rollout.tp", rollout_tp, "num_attention_heads", arch.num_heads),
-    )
     problems = [
-        f"{key} = {degree}: must divide the model's {name} = {size}; choose another {key}"
-        for key, degree, name, size in rules
-        if size % degree
+        *_uneven("layout.tp", tp, "num_attention_heads", arch.num_heads),
+        *_uneven("layout.tp", tp, "num_key_value_heads", arch.num_kv_heads),
     ]
-    if arch.num_kv_heads % rollout_tp and rollout_tp % arch.num_kv_heads:
+    if arch.experts is not None:
+        problems += _uneven("layout.ep", ep, "number of experts", arch.experts.num_experts)
+        problems += _uneven("layout.etp", etp, "moe_intermediate_size", arch.experts.ffn_size)
+        if ep == 1 and etp != tp:
+            # Megatron then takes an expert's gradient for whole on each tp rank, where it is that of the rank's tokens.
+            problems.append(
+                f"layout.etp = {etp}: with layout.ep = 1 Megatron sums experts' gradients wrongly unless etp is layout.tp = "
+                f"{tp}; set layout.etp={tp}, or share the experts out with layout.ep"
+            )
+    else:
+        problems += _uneven("layout.tp", tp, "intermediate_size", arch.ffn_size)
+        problems += [
+            f"{key} = {degree}: a {arch.family} model has no experts to share out; set it to 1"
+            for key, degree in (("layout.ep", ep), ("layout.etp", etp))
+            if degree > 1
+        ]
+    if arch.num_layers % (pp * vpp):
+        problems.append(uneven_stages(arch.num_layers, pp=pp, vpp=vpp))
+    return problems + _rollout_problems(arch, rollout_tp)
+
+
+def _rollout_problems(arch: Architecture, tp: int) -> list[str]:
+    problems = _uneven("rollout.tp", tp, "num_attention_heads", arch.num_heads)
+    if arch.num_kv_heads % tp and tp % arch.num_kv_heads:
         problems.append(
-            f"rollout.tp = {rollout_tp}: must divide the model's num_key_value_heads = {arch.num_kv_heads} or be a multiple "
-            "of it; choose another rollout.tp"
+            f"rollout.tp = {tp}: must divide the model's num_key_value_heads = {arch.num_kv_heads} or be a multiple of "
+            "it; choose another rollout.tp"
         )
+    if arch.experts is not None:
+        problems += _uneven("rollout.tp", tp, "moe_intermediate_size", arch.experts.ffn_size)
+        if tp > arch.experts.num_experts:
+            problems.append(
+                f"rollout.tp = {tp}: vLLM needs at least as many experts, and the model has "
+                f"{arch.experts.num_experts}; choose a smaller rollout.tp"
+            )
     return problems
+
+
+def _uneven(key: str, degree: int, name: str, size: int) -> list[str]:
+    """The fault of a degree that does not divide one of the model's sizes, if it is one."""
+    if size % degree == 0:
+        return []
+    return [f"{key} = {degree}: must divide the model's {name} = {size}; choose another {key}"]
 
 
 def _tensor_problems(reader: HFReader, arch: Architecture) -> list[str]:

@@ -1,4 +1,4 @@
-"""Both directions HF <-> Megatron: a tp rank's share from a folder, and Hugging Face tensors from the shares."""
+"""Both directions HF <-> Megatron: a rank's share from a folder, and Hugging Face tensors from the shares."""
 
 from __future__ import annotations
 
@@ -10,40 +10,51 @@ from torch import Tensor
 from clipo_megatron.errors import CheckError, ConfigError
 from clipo_megatron.weights.architecture import Architecture
 from clipo_megatron.weights.hf_folder import HFReader
-from clipo_megatron.weights.names import OUTPUT_LAYER, at_layer, find_rule
+from clipo_megatron.weights.names import OUTPUT_LAYER, find_rule
 from clipo_megatron.weights.rules import Split, hf_shape, local_shape, pieces
 
 
 def local_parameter(
-    reader: HFReader, megatron_name: str, arch: Architecture, *, tp: int, tp_rank: int, padded_vocab: int
+    reader: HFReader,
+    megatron_name: str,
+    arch: Architecture,
+    *,
+    tp: int,
+    tp_rank: int,
+    padded_vocab: int,
+    etp: int = 1,
+    etp_rank: int = 0,
 ) -> Tensor:
-    """One tp rank's parameter, from only those rows and columns of the Hugging Face tensors that it holds.
+    """One rank's parameter, from only those rows and columns of the Hugging Face tensors that it holds.
 
     Args:
         reader: the model folder.
-        megatron_name: as in GPTModel, with the layer's number in the whole model.
+        megatron_name: as in GPTModel, with the numbers of layer and expert in the whole model.
         arch: of the folder.
         tp: tensor parallel degree.
         tp_rank: 0 <= tp_rank < tp.
         padded_vocab: rows of the trainer's embedding over all tp ranks, see `padded_vocab_size`; the extra ones are 0.
+        etp: tensor parallel degree of an expert.
+        etp_rank: 0 <= etp_rank < etp.
 
     Returns:
         On the CPU, in the folder's number format, not shared with the file.
 
     Raises:
         CheckError: the family's table has no such parameter.
-        ConfigError: a tensor is missing or of another shape, or tp does not divide it.
+        ConfigError: a tensor is missing or of another shape, or tp (etp) does not divide it.
     """
-    rule, layer = find_rule(megatron_name, arch)
+    rule, where = find_rule(megatron_name, arch)
+    degree, place = (etp, etp_rank) if rule.is_of_expert else (tp, tp_rank)
     dim = 0 if rule.split_dim is None else rule.split_dim
     parts: list[Tensor] = []
-    for piece in pieces(rule, arch.sizes, tp=tp, tp_rank=tp_rank, padded_vocab=padded_vocab):
+    for piece in pieces(rule, arch.sizes, degree=degree, place=place, padded_vocab=padded_vocab):
         tensor = rule.hf[piece.tensor]
-        name, shape = at_layer(tensor.name, layer), hf_shape(tensor, arch.sizes)
+        name, shape = where.fill(tensor.name), hf_shape(tensor, arch.sizes)
         if reader.shape(name) != shape:
             raise ConfigError(f"{reader.folder}: {name} has shape {reader.shape(name)}: config.json asks for {shape}")
         parts.append(reader.slice(name, dim=dim, start=piece.start, stop=piece.stop))
-    shape = local_shape(rule, arch.sizes, tp=tp, padded_vocab=padded_vocab)
+    shape = local_shape(rule, arch.sizes, degree=degree, padded_vocab=padded_vocab)
     missing = shape[dim] - sum(part.shape[dim] for part in parts)
     if missing:
         parts.append(parts[0].new_zeros(missing, *shape[1:]))
@@ -54,8 +65,9 @@ def hf_tensors_of(megatron_name: str, shards: Sequence[Tensor], arch: Architectu
     """The Hugging Face tensors of one parameter: the inverse of `local_parameter`, without the vocabulary's padding.
 
     Args:
-        megatron_name: as in GPTModel, with the layer's number in the whole model.
-        shards: the parameter on each tp rank, in rank order; of a replicated one the first counts.
+        megatron_name: as in GPTModel, with the numbers of layer and expert in the whole model.
+        shards: the parameter on each tp rank (etp rank for an expert's), in rank order; of a replicated one the first
+            counts.
         arch: of the model.
 
     Returns:
@@ -65,24 +77,24 @@ def hf_tensors_of(megatron_name: str, shards: Sequence[Tensor], arch: Architectu
     Raises:
         CheckError: the family's table has no such parameter, or a shard has another shape than its rank holds.
     """
-    rule, layer = find_rule(megatron_name, arch)
+    rule, where = find_rule(megatron_name, arch)
     if arch.tied and megatron_name == OUTPUT_LAYER:
         return []
-    tp = len(shards)
+    degree = len(shards)
     padded_vocab = sum(shard.shape[0] for shard in shards)
-    shape = local_shape(rule, arch.sizes, tp=tp, padded_vocab=padded_vocab)
+    shape = local_shape(rule, arch.sizes, degree=degree, padded_vocab=padded_vocab)
     too_small = rule.split is Split.VOCAB_PARALLEL and padded_vocab < arch.vocab_size
     if too_small or any(tuple(shard.shape) != shape for shard in shards):
         found = [tuple(shard.shape) for shard in shards]
-        raise CheckError(f"{megatron_name}: shards of shapes {found} on {tp} tp ranks: the rule asks for {shape} each")
+        raise CheckError(f"{megatron_name}: shards of shapes {found} on {degree} ranks: the rule asks for {shape} each")
     if rule.split_dim is None:
-        return [(at_layer(rule.hf[0].name, layer), shards[0].detach())]
+        return [(where.fill(rule.hf[0].name), shards[0].detach())]
     wholes = [shards[0].new_empty(hf_shape(tensor, arch.sizes)) for tensor in rule.hf]
-    for tp_rank, shard in enumerate(shards):
+    for place, shard in enumerate(shards):
         offset = 0
-        for piece in pieces(rule, arch.sizes, tp=tp, tp_rank=tp_rank, padded_vocab=padded_vocab):
+        for piece in pieces(rule, arch.sizes, degree=degree, place=place, padded_vocab=padded_vocab):
             length = piece.stop - piece.start
             part = shard.detach().narrow(rule.split_dim, offset, length)
             wholes[piece.tensor].narrow(rule.split_dim, piece.start, length).copy_(part)
             offset += length
-    return [(at_layer(tensor.name, layer), whole) for tensor, whole in zip(rule.hf, wholes, strict=True)]
+    return [(where.fill(tensor.name), whole) for tensor, whole in zip(rule.hf, wholes, strict=True)]

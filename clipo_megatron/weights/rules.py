@@ -1,4 +1,4 @@
-"""What a rule of the name tables says, and its arithmetic: which rows or columns of which HF tensor a tp rank holds.
+"""What a rule of the name tables says, and its arithmetic: which rows or columns of which HF tensor a rank holds.
 
 One list of pieces serves both directions: import concatenates them, export puts them back. So export is the inverse of
 import by construction. Nothing here reads a file or holds a weight.
@@ -14,7 +14,7 @@ from clipo_megatron.errors import ConfigError
 
 
 class Split(StrEnum):
-    """How the HF tensors of one Megatron parameter are dealt to the tp ranks."""
+    """How the HF tensors of one Megatron parameter are dealt to the tp ranks; of an expert: to the etp ranks."""
 
     REPLICATED = "replicated"
     """One tensor, whole on every rank."""
@@ -30,7 +30,7 @@ class Split(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HFTensor:
-    """A Hugging Face tensor: name, with {layer} where it is one of a layer, and shape in names of `Sizes`."""
+    """A Hugging Face tensor: name, with {layer} and {expert} where it has them, and shape in names of `Sizes`."""
 
     name: str
     dims: tuple[str, ...]
@@ -38,15 +38,25 @@ class HFTensor:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One Megatron parameter, with {layer} as above, and the HF tensors that it is made of."""
+    """One Megatron parameter, with {layer} and {expert} as above, and the HF tensors that it is made of."""
 
     megatron: str
     split: Split
     hf: tuple[HFTensor, ...]
 
     @property
+    def is_of_layer(self) -> bool:
+        """Whether each layer has such a parameter."""
+        return "{layer}" in self.megatron
+
+    @property
+    def is_of_expert(self) -> bool:
+        """Whether each expert of a layer has such a parameter; then it is split over etp, not over tp."""
+        return "{expert}" in self.megatron
+
+    @property
     def split_dim(self) -> int | None:
-        """The dim of the Megatron parameter that differs between tp ranks; None when replicated."""
+        """The dim of the Megatron parameter that differs between the ranks that split it; None when replicated."""
         if self.split is Split.REPLICATED:
             return None
         return 1 if self.split is Split.ROW_PARALLEL else 0
@@ -62,7 +72,10 @@ class Piece:
 
 
 Sizes = Mapping[str, int]
-"""Numbers behind the names in `HFTensor.dims`: vocab, hidden, ffn, query, kv (heads * head_dim each), head_dim."""
+"""Numbers behind the names in `HFTensor.dims`: vocab, hidden, ffn, query, kv (heads * head_dim each), head_dim.
+
+Where there are experts: experts (their number in a layer) and expert_ffn.
+"""
 
 
 def hf_shape(tensor: HFTensor, sizes: Sizes) -> tuple[int, ...]:
@@ -70,35 +83,35 @@ def hf_shape(tensor: HFTensor, sizes: Sizes) -> tuple[int, ...]:
     return tuple(sizes[dim] for dim in tensor.dims)
 
 
-def pieces(rule: Rule, sizes: Sizes, *, tp: int, tp_rank: int, padded_vocab: int) -> list[Piece]:
-    """What one tp rank holds, in the order in which it lies along the split dim of the rank's parameter.
+def pieces(rule: Rule, sizes: Sizes, *, degree: int, place: int, padded_vocab: int) -> list[Piece]:
+    """What one rank holds, in the order in which it lies along the split dim of the rank's parameter.
 
     Args:
         rule: of the parameter.
         sizes: of the architecture.
-        tp: tensor parallel degree, >= 1.
-        tp_rank: 0 <= tp_rank < tp.
-        padded_vocab: rows of the padded vocabulary, a multiple of tp; used by vocab parallel rules only. Rows of the
-            vocabulary's padding are in no piece.
+        degree: number of ranks that split the parameter, >= 1: tp, or etp for an expert's.
+        place: of the rank among them, 0 <= place < degree.
+        padded_vocab: rows of the padded vocabulary, a multiple of `degree`; used by vocab parallel rules only. Rows of
+            the vocabulary's padding are in no piece.
 
     Raises:
-        ConfigError: tp does not divide what is split.
+        ConfigError: the degree does not divide what is split.
     """
     shapes = [hf_shape(tensor, sizes) for tensor in rule.hf]
     match rule.split:
         case Split.REPLICATED:
             return [Piece(0, 0, shapes[0][0])]
         case Split.COLUMN_PARALLEL:
-            return [_even_piece(rule, number, shape[0], tp, tp_rank) for number, shape in enumerate(shapes)]
+            return [_even_piece(rule, number, shape[0], degree, place) for number, shape in enumerate(shapes)]
         case Split.ROW_PARALLEL:
-            return [_even_piece(rule, 0, shapes[0][1], tp, tp_rank)]
+            return [_even_piece(rule, 0, shapes[0][1], degree, place)]
         case Split.VOCAB_PARALLEL:
-            padded = _even_piece(rule, 0, padded_vocab, tp, tp_rank)
+            padded = _even_piece(rule, 0, padded_vocab, degree, place)
             rows = shapes[0][0]
             return [Piece(0, min(padded.start, rows), min(padded.stop, rows))]
         case Split.QKV_PARALLEL:
             num_groups = sizes["kv"] // sizes["head_dim"]
-            own = _even_piece(rule, 0, num_groups, tp, tp_rank)
+            own = _even_piece(rule, 0, num_groups, degree, place)
             rows_of = [shape[0] // num_groups for shape in shapes]
             return [
                 Piece(number, group * rows, (group + 1) * rows)
@@ -107,8 +120,8 @@ def pieces(rule: Rule, sizes: Sizes, *, tp: int, tp_rank: int, padded_vocab: int
             ]
 
 
-def local_shape(rule: Rule, sizes: Sizes, *, tp: int, padded_vocab: int) -> tuple[int, ...]:
-    """The shape of the Megatron parameter on each tp rank."""
+def local_shape(rule: Rule, sizes: Sizes, *, degree: int, padded_vocab: int) -> tuple[int, ...]:
+    """The shape of the Megatron parameter on each of the `degree` ranks that split it."""
     whole = list(hf_shape(rule.hf[0], sizes))
     if rule.split_dim is None:
         return tuple(whole)
@@ -116,12 +129,15 @@ def local_shape(rule: Rule, sizes: Sizes, *, tp: int, padded_vocab: int) -> tupl
         whole[0] = padded_vocab
     else:
         whole[rule.split_dim] = sum(hf_shape(tensor, sizes)[rule.split_dim] for tensor in rule.hf)
-    whole[rule.split_dim] //= tp
+    whole[rule.split_dim] //= degree
     return tuple(whole)
 
 
-def _even_piece(rule: Rule, number: int, size: int, tp: int, tp_rank: int) -> Piece:
-    if size % tp:
-        raise ConfigError(f"{rule.megatron}: layout.tp = {tp} does not divide {size} ({rule.split}); choose another tp")
-    share = size // tp
-    return Piece(number, tp_rank * share, (tp_rank + 1) * share)
+def _even_piece(rule: Rule, number: int, size: int, degree: int, place: int) -> Piece:
+    if size % degree:
+        key = "etp" if rule.is_of_expert else "tp"
+        raise ConfigError(
+            f"{rule.megatron}: layout.{key} = {degree} does not divide {size} ({rule.split}); choose another {key}"
+        )
+    share = size // degree
+    return Piece(number, place * share, (place + 1) * share)

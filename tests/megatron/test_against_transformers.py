@@ -77,7 +77,7 @@ def _score(folder: Path) -> tuple[Scores, torch.Tensor, dict[str, torch.Tensor]]
     worker._head.module.register_forward_pre_hook(lambda _module, inputs: pooled.append(inputs[0]))
     batch = make_batch()
     scores = worker.score(batch, step=5, with_reference=False)
-    order = np.concatenate([micro_batch.row for micro_batch in worker._plan(batch)])
+    order = np.concatenate([micro_batch.row for micro_batch in worker._packer(batch, with_routes=False)[0]])
     return scores, pooled[0][torch.from_numpy(np.argsort(order))], head_weights(worker)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,44 +13,77 @@ from hypothesis import strategies as st
 from support.policy_cases import make_advantages, make_batch
 
 from clipo_megatron.errors import CheckError
-from clipo_megatron.policy.micro_batch import pack
+from clipo_megatron.policy.micro_batch import MicroBatch, Padding, held_positions, pack
 from clipo_megatron.policy.train import update_shares
+from clipo_megatron.records import RolloutBatch
 
 CPU = torch.device("cpu")
 ROWS = (5, 0, 11, 7)
 
 
-@pytest.mark.parametrize("pad_multiple", [1, 2, 64])
-def test_each_response_token_is_predicted_by_the_token_before_it(pad_multiple):
+def _packed(batch: RolloutBatch, rows: Sequence[int], *, cp_rank: int = 0, **padding: int) -> MicroBatch:
+    return pack(batch, rows, padding=Padding(**padding), cp_rank=cp_rank, device=CPU)
+
+
+@pytest.mark.parametrize(("sequence_multiple", "batch_multiple"), [(1, 1), (1, 2), (1, 64), (4, 8), (8, 8)])
+def test_each_response_token_is_predicted_by_the_token_before_it(sequence_multiple, batch_multiple):
     batch = make_batch()
-    micro_batch = pack(batch, ROWS, pad_multiple=pad_multiple, device=CPU)
-    ids, labels, positions, predictors, tokens = [], [], [], [], []
+    micro_batch = _packed(batch, ROWS, sequence_multiple=sequence_multiple, batch_multiple=batch_multiple)
+    ids, labels, positions, predictors, tokens, lengths = [], [], [], [], [], []
     for row in ROWS:
         start, end = batch.cu_seqlens[row], batch.cu_seqlens[row + 1]
         for t in range(start, end):
             if t - start >= batch.prompt_lengths[row]:
                 predictors.append(len(ids) - 1)
                 tokens.append(t)
+                labels.append(batch.input_ids[t])
             ids.append(batch.input_ids[t])
-            labels.append(batch.input_ids[t + 1] if t + 1 < end else 0)
             positions.append(t - start)
-    num_tokens = len(ids)
-    tail = -num_tokens % pad_multiple
+        padding = (start - end) % sequence_multiple
+        ids += [0] * padding
+        positions += range(end - start, end - start + padding)
+        lengths.append(end - start + padding)
+    tail = -len(ids) % batch_multiple
+    assert micro_batch.num_tokens == len(ids) + tail
     assert micro_batch.input_ids[0].tolist() == ids + [0] * tail
-    assert micro_batch.labels.tolist() == labels + [0] * tail
     assert micro_batch.position_ids[0].tolist() == positions + list(range(tail))
+    assert micro_batch.labels.tolist() == labels
     assert micro_batch.predictor.tolist() == predictors
     assert micro_batch.token.tolist() == tokens
-    lengths = [int(batch.lengths[row]) for row in ROWS] + [tail] * (tail > 0)
-    assert micro_batch.packed.cu_seqlens_q.diff().tolist() == lengths
-    assert micro_batch.packed.max_seqlen_q == max(lengths)
+    assert micro_batch.packed.cu_seqlens_q.diff().tolist() == lengths + [tail] * (tail > 0)
+    assert micro_batch.packed.max_seqlen_q == max([*lengths, tail])
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_context_parallel_ranks_hold_each_token_once_and_as_many_pairs_of_causal_attention(cp):
+    batch = make_batch()
+    whole = _packed(batch, ROWS, sequence_multiple=2 * cp, batch_multiple=2 * cp)
+    shares = [
+        _packed(batch, ROWS, sequence_multiple=2 * cp, batch_multiple=2 * cp, cp=cp, cp_rank=rank) for rank in range(cp)
+    ]
+    offsets = whole.packed.cu_seqlens_q.numpy().astype(np.int64)
+    held = [held_positions(offsets, cp=cp, cp_rank=rank) for rank in range(cp)]
+    assert sorted(np.concatenate(held).tolist()) == list(range(whole.num_tokens))
+    for share, position in zip(shares, held, strict=True):
+        assert share.input_ids[0].tolist() == whole.input_ids[0, position].tolist()
+        assert share.position_ids[0].tolist() == whole.position_ids[0, position].tolist()
+        assert share.source.tolist() == whole.source[position].tolist()
+        # What the whole micro-batch predicts at a position, the rank that holds the position predicts.
+        wanted = {int(p): (int(t), int(n)) for p, t, n in zip(whole.predictor, whole.token, whole.labels, strict=True)}
+        mine = zip(position[share.predictor], share.token, share.labels, strict=True)
+        assert {int(p): (int(t), int(n)) for p, t, n in mine} == {p: v for p, v in wanted.items() if p in set(position)}
+        for pool in ("decode", "response", "predictors"):
+            assert share.segments(pool)[0].tolist() == whole.segments(pool)[0][position].tolist()
+            assert share.segments(pool)[1].tolist() == whole.segments(pool)[1].tolist()
+    pairs = {int((share.position_ids + 1).sum()) for share in shares}
+    assert len(pairs) == 1
 
 
 def test_columns_of_the_batch_are_found_again_at_the_response_tokens():
     batch = make_batch()
     column = np.arange(len(batch.input_ids), dtype=np.float32)
     advantages = make_advantages(batch)
-    micro_batch = pack(batch, ROWS, pad_multiple=2, device=CPU)
+    micro_batch = _packed(batch, ROWS, batch_multiple=2)
     wanted_tokens, wanted_advantages = [], []
     for row in ROWS:
         for t in range(batch.cu_seqlens[row] + batch.prompt_lengths[row], batch.cu_seqlens[row + 1]):
@@ -64,7 +98,7 @@ def test_a_sequence_without_a_prompt_is_refused():
     lengths = batch.prompt_lengths.copy()
     lengths[11] = 0
     with pytest.raises(CheckError, match="row 11"):
-        pack(replace(batch, prompt_lengths=lengths), ROWS, pad_multiple=1, device=CPU)
+        _packed(replace(batch, prompt_lengths=lengths), ROWS)
 
 
 @settings(deadline=None, max_examples=200)

@@ -24,7 +24,9 @@ BUCKET_BYTES = 40_000
 """Small enough that the parts of a fused matrix come in several buckets."""
 
 
-def tiny_settings(folder: Path, *, tp: int = 1) -> EngineSettings:
+def tiny_settings(
+    folder: Path, *, tp: int = 1, return_routed_experts: bool = False, kv_cache_mib: int = 64
+) -> EngineSettings:
     """Settings that fit a tiny model."""
     return EngineSettings(
         model_path=str(folder),
@@ -33,22 +35,26 @@ def tiny_settings(folder: Path, *, tp: int = 1) -> EngineSettings:
         tp=tp,
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=16,
-        kv_cache_mib=64,
+        kv_cache_mib=kv_cache_mib,
         gpu_memory_utilization=0.5,
         enforce_eager=True,
         prefix_caching=True,
         seed=0,
+        return_routed_experts=return_routed_experts,
     )
 
 
 @contextmanager
-def tiny_engine(folder: Path, *, tp: int = 1) -> Iterator[RolloutEngine]:
+def tiny_engine(
+    folder: Path, *, tp: int = 1, return_routed_experts: bool = False, kv_cache_mib: int = 64
+) -> Iterator[RolloutEngine]:
     """An engine on a tiny model folder, in this process; closed at the end."""
+    settings = tiny_settings(folder, tp=tp, return_routed_experts=return_routed_experts, kv_cache_mib=kv_cache_mib)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in engine_environment("cpu", tp).items():
             patch.setenv(name, value)
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it
-        engine = RolloutEngine(tiny_settings(folder, tp=tp))
+        engine = RolloutEngine(settings)
         try:
             yield engine
         finally:

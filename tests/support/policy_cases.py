@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,10 @@ from torch import Tensor
 
 from clipo_megatron.parallel.collectives import gather_shards
 from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.policy.precision import PrecisionSettings
 from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings, PolicySettings
-from clipo_megatron.policy.weight_io import global_names
 from clipo_megatron.policy.worker import PolicyWorker
 from clipo_megatron.records import RolloutBatch, Scores
-from clipo_megatron.weights.mapping import hf_tensors_of
-from clipo_megatron.weights.names import split_dim
 
 VOCAB_SIZE = 300
 """Padded to 384 at tp = 1 and to 512 at tp = 2: layouts differ in their padding as well."""
@@ -24,6 +24,7 @@ VOCAB_SIZE = 300
 OPTIMIZER = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1, eps=1e-3, clip_grad=1.0)
 ALGORITHM = AlgorithmSettings(updates_per_step=2, kl_coefficient=0.1)
 CONTRASTIVE = ContrastiveSettings(head_size=24)
+PRECISION = PrecisionSettings()
 
 
 def make_batch(*, num_groups: int = 4, group_size: int = 4, seed: int = 0, longest_response: int = 14) -> RolloutBatch:
@@ -62,6 +63,11 @@ def make_worker(
     dtype: str = "float32",
     micro_batch_tokens: int = 64,
     recompute: str = "none",
+    distributed_optimizer: bool = True,
+    overlap_grad_reduce: bool = True,
+    precision: PrecisionSettings = PRECISION,
+    routing_replay: bool = False,
+    freeze_router: bool = False,
     temperature: float = 0.8,
     algorithm: AlgorithmSettings = ALGORITHM,
     contrastive: ContrastiveSettings | None = CONTRASTIVE,
@@ -76,6 +82,11 @@ def make_worker(
         sequence_parallel=sequence_parallel,
         micro_batch_tokens=micro_batch_tokens,
         recompute=recompute,
+        distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=overlap_grad_reduce,
+        precision=precision,
+        routing_replay=routing_replay,
+        freeze_router=freeze_router,
         temperature=temperature,
         algorithm=algorithm,
         contrastive=contrastive,
@@ -105,19 +116,26 @@ def scored(batch: RolloutBatch, scores: Scores, *, noise: float = 0.3) -> Rollou
 
 def full_gradients(worker: PolicyWorker) -> dict[str, Tensor]:
     """This stage's gradients of the last update, clipped, under Hugging Face names. Collective over all ranks."""
-    groups, layout = worker._groups, worker._layout
-    for buffer in worker._model.buffers:
-        for bucket in buffer.buckets:  # reduce-scattered: each dp rank holds the sums of its own part
-            own = bucket.grad_data.chunk(layout.dp)[groups.dp.rank()].clone()
-            bucket.grad_data.copy_(torch.cat(gather_shards(own, groups.dp)))
-    gradients: dict[str, Tensor] = {}
-    names = global_names(worker._gpt, worker._architecture, layout, rank=worker._rank)
-    for local_name, parameter in worker._gpt.named_parameters():
-        name = names[local_name]
-        is_split = split_dim(name, worker._architecture) is not None
-        shards = gather_shards(parameter.main_grad, groups.tp) if is_split else [parameter.main_grad] * layout.tp
-        gradients |= dict(hf_tensors_of(name, shards, worker._architecture))
+    groups = worker._groups
+    if worker._settings.distributed_optimizer:
+        for chunk in worker._stage.wrapped:
+            _gather_gradients(chunk.buffers, groups.dp_cp)
+            _gather_gradients(chunk.expert_parallel_buffers, groups.expert_dp)
+    own = {name: parameter for name, parameter in worker._stage.named_parameters() if parameter.requires_grad}
+    for parameter in own.values():  # give the gradients out as if they were the weights
+        parameter.data, parameter.kept = parameter.main_grad.clone(), parameter.data
+    gradients = dict(worker.hf_tensors())
+    for parameter in own.values():
+        parameter.data = parameter.kept
     return {name: gradient.clone() for name, gradient in gradients.items()}
+
+
+def _gather_gradients(buffers: list, group: dist.ProcessGroup) -> None:
+    """Reduce-scattered buffers: each rank holds the sums of its own part of each bucket."""
+    for buffer in buffers:
+        for bucket in buffer.buckets:
+            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            bucket.grad_data.copy_(torch.cat(gather_shards(own, group)))
 
 
 def weights_of(worker: PolicyWorker) -> dict[str, Tensor]:
@@ -135,3 +153,16 @@ def head_weights(worker: PolicyWorker) -> dict[str, Tensor]:
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """|found - wanted| / |wanted|, Euclidean norms."""
     return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+
+
+def errors_by_kind(found: Mapping[object, Tensor], wanted: Mapping[object, Tensor]) -> dict[str, float]:
+    """Relative error of each kind of tensor: the same one of all layers and experts, taken together."""
+    kinds: dict[str, list[object]] = {}
+    for name in found:
+        kinds.setdefault(re.sub(r"\d+", "*", str(name)), []).append(name)
+    return {
+        kind: relative_error(
+            torch.cat([found[name].flatten() for name in names]), torch.cat([wanted[name].flatten() for name in names])
+        )
+        for kind, names in kinds.items()
+    }

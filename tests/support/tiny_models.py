@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-Family = Literal["qwen2", "qwen3", "llama"]
+Family = Literal["qwen2", "qwen3", "llama", "qwen3_moe"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -61,6 +61,9 @@ def make_tiny_hf(
     num_kv_heads: int = 2,
     head_dim: int = HEAD_DIM,
     ffn_size: int = 96,
+    num_experts: int = 4,
+    experts_per_token: int = 2,
+    expert_ffn_size: int = 64,
     max_positions: int = 2048,
     rope_base: float = 1e6,
     llama3_rope: bool = False,
@@ -78,19 +81,23 @@ def make_tiny_hf(
         tied: whether the output layer shares the embedding's tensor.
         vocab_size: rows of the embedding, >= `tokenizer_size`; the rows above the tokenizer's length are never used.
         tokenizer_size: tokens of the tokenizer, >= 259.
-        hidden_size: default num_heads * head_dim; for qwen3 half of it, as head_dim is a key of its own there.
+        hidden_size: default num_heads * head_dim; for qwen3 and qwen3_moe half of it, as head_dim is a key of its own
+            there.
         num_layers: transformer layers.
         num_heads: query heads.
         num_kv_heads: key/value heads, a divisor of `num_heads`.
         head_dim: width of a head.
-        ffn_size: width of the gate and of the up projection.
+        ffn_size: width of the gate and of the up projection; no tensor of a qwen3_moe has it.
+        num_experts: qwen3_moe only, as the next two: experts of each layer.
+        experts_per_token: experts that the router chooses for a token.
+        expert_ffn_size: width of an expert's gate and of its up projection.
         max_positions: `max_position_embeddings`.
         rope_base: theta.
         llama3_rope: llama only: the `llama3` rope scaling, with factors that matter at tens of tokens.
         max_shard_size: as in transformers; a small one gives several files and an index.
     """
     if hidden_size is None:
-        hidden_size = num_heads * head_dim // (2 if family == "qwen3" else 1)
+        hidden_size = num_heads * head_dim // (2 if family in ("qwen3", "qwen3_moe") else 1)
     tokenizer = tiny_tokenizer(tokenizer_size)
     if len(tokenizer) > vocab_size:
         raise ValueError(f"vocab_size = {vocab_size}: must be >= the tokenizer's {len(tokenizer)} tokens")
@@ -105,6 +112,7 @@ def make_tiny_hf(
         }
     config = _config(
         family,
+        _expert_keys(num_experts, experts_per_token, expert_ffn_size) if family == "qwen3_moe" else {},
         {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
@@ -127,15 +135,25 @@ def make_tiny_hf(
     return folder
 
 
-def _config(family: Family, keys: dict[str, object]) -> PreTrainedConfig:
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+def _expert_keys(num_experts: int, experts_per_token: int, expert_ffn_size: int) -> dict[str, object]:
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": experts_per_token,
+        "moe_intermediate_size": expert_ffn_size,
+        "norm_topk_prob": True,
+    }
+
+
+def _config(family: Family, expert_keys: dict[str, object], keys: dict[str, object]) -> PreTrainedConfig:
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     if family == "qwen2":
         # Qwen2 has no key for it: a head is hidden_size / num_heads wide.
         if keys["hidden_size"] != keys["num_attention_heads"] * keys["head_dim"]:
             raise ValueError(f"hidden_size = {keys['hidden_size']}: qwen2 needs num_heads * head_dim")
         keys = {key: value for key, value in keys.items() if key != "head_dim"}
-    return {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[family](**keys)
+    classes = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "qwen3_moe": Qwen3MoeConfig}
+    return classes[family](**keys, **expert_keys)
 
 
 def _save(config: PreTrainedConfig, folder: Path, *, seed: int, dtype: str, max_shard_size: str) -> None:

@@ -108,3 +108,45 @@ def test_broken_rollouts_are_refused():
     short = replace(bad.rollouts[0], sampled_logprobs=np.zeros(1, np.float32))
     with pytest.raises(CheckError, match="1 log-probs for 3"):
         build_batch([replace(bad, rollouts=(short,))], group_size=1)
+
+
+def with_routes(groups: list[RolloutGroup], *, first: int = 0) -> list[RolloutGroup]:
+    """Routes [tokens, 2, 1] that name their token; rollouts before number `first` get none."""
+    routed, number = [], 0
+    for each in groups:
+        rollouts = []
+        for rollout in each.rollouts:
+            tokens = np.concatenate([each.prompt.token_ids, rollout.response_ids]).astype(np.int16)
+            routes = np.stack([tokens, -tokens], 1)[:, :, None] if number >= first else None
+            rollouts.append(replace(rollout, routed_experts=routes))
+            number += 1
+        routed.append(replace(each, rollouts=tuple(rollouts)))
+    return routed
+
+
+@given(GROUPS)
+def test_routes_stay_with_their_tokens(shapes):
+    groups = [group(7 * number, *shape) for number, shape in enumerate(shapes)]
+    assert build_batch(groups, group_size=GROUP_SIZE).routed_experts is None
+    batch = build_batch(with_routes(groups), group_size=GROUP_SIZE)
+    if not batch.num_sequences:
+        assert batch.routed_experts is None
+        return
+    for part in (batch, batch.select(np.arange(batch.num_sequences)[::-1])):
+        assert part.routed_experts.dtype == np.int16
+        assert part.routed_experts[:, 0, 0].tolist() == part.input_ids.tolist()
+        assert part.routed_experts[:, 1, 0].tolist() == (-part.input_ids).tolist()
+
+
+def test_routes_of_some_rollouts_only_are_refused():
+    groups = with_routes([one(), one()], first=1)
+    with pytest.raises(CheckError, match="1 of 2 rollouts have no routed experts"):
+        build_batch(groups, group_size=GROUP_SIZE)
+
+
+def test_routes_of_another_number_of_tokens_are_refused():
+    (each,) = with_routes([one()])
+    (rollout,) = each.rollouts
+    each = replace(each, rollouts=(replace(rollout, routed_experts=rollout.routed_experts[:-1]),))
+    with pytest.raises(CheckError, match="routed experts of 4 tokens for 5 tokens"):
+        build_batch([each], group_size=GROUP_SIZE)

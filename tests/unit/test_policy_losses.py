@@ -121,23 +121,16 @@ def test_k2_gradient_averages_to_that_of_the_divergence():
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_micro_batches_add_up_to_the_mean_over_the_whole_step(aggregation):
-    prompts, responses = [2, 1, 4, 3], [3, 1, 5, 2]
-    values = [
-        torch.randn(p + r, generator=generator(i)) for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
-    ]
-    parts = [value[p:] for value, p in zip(values, prompts, strict=True)]
+def test_micro_batches_and_split_sequences_add_up_to_the_mean_over_the_whole_step(aggregation):
+    parts = [torch.randn(count, generator=generator(count)) for count in (3, 1, 5, 2)]
     want = torch.cat(parts).mean() if aggregation == "token_mean" else torch.stack([p.mean() for p in parts]).mean()
-    denominator = sum(responses) if aggregation == "token_mean" else len(responses)
+    denominator = sum(map(len, parts)) if aggregation == "token_mean" else len(parts)
     total = torch.zeros(())
-    for rows, padding in (([0, 2], 0), ([3], 5), ([1], 1)):
-        value_T = torch.cat([values[row] for row in rows] + [torch.full((padding,), torch.nan)])
-        lengths = torch.tensor([0, *(prompts[row] + responses[row] for row in rows)])
-        mask = [place >= prompts[row] for row in rows for place in range(prompts[row] + responses[row])]
-        mask_T = torch.tensor(mask + [True] * padding)
-        value_T[: prompts[rows[0]]] = torch.nan  # prompt tokens hold anything
-        weight_T = token_weights(mask_T, lengths.cumsum(0), aggregation=aggregation, denominator=denominator)
-        assert not weight_T[len(value_T) - padding :].any()
+    # Each share: (sequence, tokens of it); sequence 2 is split between two ranks.
+    for share in ([(0, slice(0, 3)), (2, slice(0, 2))], [(3, slice(0, 2))], [(1, slice(0, 1)), (2, slice(2, 5))]):
+        value_T = torch.cat([parts[sequence][tokens] for sequence, tokens in share])
+        length_T = torch.cat([torch.full((len(parts[s][tokens]),), len(parts[s])) for s, tokens in share])
+        weight_T = token_weights(length_T, aggregation=aggregation, denominator=denominator)
         total = total + aggregate(value_T, weight_T)
     torch.testing.assert_close(total, want)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 from support.tiny_models import make_tiny_hf
 
 from clipo_megatron.errors import ConfigError
-from clipo_megatron.weights.architecture import Llama3RopeScaling, read_architecture
-from clipo_megatron.weights.names import hf_tensor_specs
+from clipo_megatron.weights.architecture import Experts, Llama3RopeScaling, read_architecture
+from clipo_megatron.weights.counts import active_parameters, parameter_count
 
 QWEN2P5_3B: dict[str, object] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -60,6 +59,22 @@ LLAMA3P1_8B = QWEN3_8B | {
         "rope_type": "llama3",
     },
 }
+QWEN3_30B_A3B = QWEN3_8B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
 
 
 def _write(folder: Path, config: dict[str, object]) -> Path:
@@ -69,17 +84,45 @@ def _write(folder: Path, config: dict[str, object]) -> Path:
 
 @pytest.mark.parametrize(
     ("config", "published"),
-    [(QWEN2P5_3B, 3_085_938_688), (QWEN3_8B, 8_190_735_360), (LLAMA3P1_8B, 8_030_261_248)],
-    ids=["Qwen2.5-3B", "Qwen3-8B", "Llama-3.1-8B"],
+    [
+        (QWEN2P5_3B, 3_085_938_688),
+        (QWEN3_8B, 8_190_735_360),
+        (LLAMA3P1_8B, 8_030_261_248),
+        (QWEN3_30B_A3B, 30_532_122_624),
+    ],
+    ids=["Qwen2.5-3B", "Qwen3-8B", "Llama-3.1-8B", "Qwen3-30B-A3B"],
 )
 def test_the_number_of_parameters_is_the_published_one(
     tmp_path: Path, config: dict[str, object], published: int
 ) -> None:
-    specs = hf_tensor_specs(read_architecture(_write(tmp_path, config)))
-    assert sum(math.prod(shape) for shape in specs.values()) == published
+    assert parameter_count(read_architecture(_write(tmp_path, config))) == published
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_a_token_meets_3_billion_of_30_billion_parameters(tmp_path: Path) -> None:
+    arch = read_architecture(_write(tmp_path, QWEN3_30B_A3B))
+    norms = 2 * 2048 + 2 * 128
+    embedding_and_output = 2 * 151936 * 2048
+    # Published as "3.3B activated".
+    assert 3.3e9 < 48 * (active_parameters(arch) + norms) + 2048 + embedding_and_output < 3.4e9
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+def test_active_parameters_are_those_of_the_matrix_products_of_one_token(tmp_path: Path, family: str) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_hf(tmp_path, family, num_experts=5, experts_per_token=3, expert_ffn_size=24, num_layers=3)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(torch.tensor([[5]]))
+    arch = read_architecture(folder)
+    head, attention = 2 * 512 * arch.hidden_size, 2 * 2 * arch.num_heads * arch.head_dim  # of one token, one key
+    assert counter.get_total_flops() == 3 * (2 * active_parameters(arch) + attention) + head
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
 def test_the_architecture_is_what_transformers_reads(tmp_path: Path, family: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -97,6 +140,38 @@ def test_the_architecture_is_what_transformers_reads(tmp_path: Path, family: str
     assert (arch.rms_eps, arch.max_positions) == (config.rms_norm_eps, config.max_position_embeddings)
     assert (arch.num_layers, arch.ffn_size) == (config.num_hidden_layers, config.intermediate_size)
     assert (arch.eos_ids, arch.dtype) == ((config.eos_token_id,), "float32")
+    assert (arch.experts is not None) is hasattr(config, "num_experts")
+    if arch.experts is not None:
+        assert arch.experts.num_experts == config.num_experts == len(model.model.layers[0].mlp.experts.down_proj)
+        assert arch.experts.experts_per_token == model.model.layers[0].mlp.gate.top_k
+        assert arch.experts.ffn_size == config.moe_intermediate_size
+
+
+def test_both_keys_for_the_number_of_experts_mean_the_same(tmp_path: Path) -> None:
+    old = read_architecture(_write(tmp_path, QWEN3_30B_A3B))
+    assert old.experts == Experts(num_experts=128, experts_per_token=8, ffn_size=768)
+    new = {key: value for key, value in QWEN3_30B_A3B.items() if key != "num_experts"} | {"num_local_experts": 128}
+    assert read_architecture(_write(tmp_path, new)) == old
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob = false: only true is supported"),
+        ({"norm_topk_prob": None}, "norm_topk_prob = null: only true is supported"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2: only 1 is supported"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]: only \[\] is supported"),
+        ({"num_experts": 7}, "num_experts_per_tok = 8: must be <= num_experts = 7"),
+        ({"num_experts": None}, "num_experts = null: must be a whole number"),
+        ({"num_local_experts": 64}, "num_local_experts = 64: differs from num_experts = 128"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size = 0: must be a whole number >= 1"),
+    ],
+)
+def test_experts_that_can_not_be_built_are_refused_by_their_key(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_architecture(_write(tmp_path, QWEN3_30B_A3B | change))
 
 
 def test_old_and_new_style_of_rope_and_dtype_keys_mean_the_same(tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ def _edit_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_sound_folder_has_no_problems(tmp_path: Path, family: str, tied: bool) -> None:
     folder = make_tiny_hf(tmp_path, family, tied=tied, dtype="bfloat16", max_shard_size="100KB")
-    assert model_folder_problems(folder, tp=2, pp=2, rollout_tp=4) == []
+    share = 2 if family == "qwen3_moe" else 1
+    assert model_folder_problems(folder, tp=2, pp=2, ep=share, etp=share, rollout_tp=4) == []
 
 
 def test_a_folder_without_config_is_one_problem(tmp_path: Path) -> None:
@@ -54,6 +55,48 @@ def test_each_layout_that_does_not_divide_is_a_problem_of_its_own(tmp_path: Path
     ]
     [problem] = model_folder_problems(folder, tp=4)
     assert "layout.tp = 4: must divide the model's num_key_value_heads = 2" in problem
+
+
+def test_each_layout_that_does_not_divide_layers_or_experts_is_a_problem_of_its_own(tmp_path: Path) -> None:
+    folder = make_tiny_hf(
+        tmp_path / "experts",
+        "qwen3_moe",
+        num_heads=8,
+        num_kv_heads=8,
+        ffn_size=97,
+        expert_ffn_size=60,
+        num_experts=6,
+        num_layers=4,
+    )
+    assert model_folder_problems(folder, tp=2, pp=2, vpp=2, ep=3, etp=5, rollout_tp=4) == []  # no tensor is 97 wide
+    problems = model_folder_problems(folder, pp=2, vpp=4, ep=4, etp=8, rollout_tp=8)
+    for problem, start in zip(
+        problems,
+        [
+            "layout.ep = 4: must divide the model's number of experts = 6",
+            "layout.etp = 8: must divide the model's moe_intermediate_size = 60",
+            "layout.pp * layout.vpp = 2 * 4: must divide the model's num_hidden_layers = 4",
+            "rollout.tp = 8: must divide the model's moe_intermediate_size = 60",
+            "rollout.tp = 8: vLLM needs at least as many experts, and the model has 6",
+        ],
+        strict=True,
+    ):
+        assert problem.startswith(start)
+
+
+def test_a_dense_model_has_no_experts_to_share_out(tmp_path: Path) -> None:
+    folder = make_tiny_hf(tmp_path, "qwen3")
+    problems = model_folder_problems(folder, ep=2, etp=2)
+    assert [problem.split(";")[0] for problem in problems] == [
+        f"layout.{key} = 2: a qwen3 model has no experts to share out" for key in ("ep", "etp")
+    ]
+
+
+def test_a_missing_expert_is_a_problem(tmp_path: Path) -> None:
+    folder = make_tiny_hf(tmp_path, "qwen3_moe")
+    _edit_tensors(folder, {"model.layers.1.mlp.experts.3.down_proj.weight": None})
+    [problem] = model_folder_problems(folder)
+    assert "model.layers.1.mlp.experts.3.down_proj.weight is missing" in problem
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_a_problem(tmp_path: Path) -> None:
