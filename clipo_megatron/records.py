@@ -69,6 +69,8 @@ class Sampling:
     """Of the run."""
     step: int
     """Training step, from 1; 0 for evaluations, whose seeds then never meet those of training."""
+    routed_experts: bool = False
+    """Return the experts of each token, from engines that were started to know them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

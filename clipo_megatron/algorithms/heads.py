@@ -26,9 +26,9 @@ def embed(head: nn.Module, h_BH: Tensor) -> Tensor:
 
     Args:
         head: of `build_head`.
-        h_BH: pooled states [B, H], any float format; no gradient flows to them, so the policy never sees this loss.
+        h_BH: pooled states [B, H], any float format; hand them over detached where the policy must not see the loss.
     """
-    return nn.functional.normalize(head(h_BH.detach().float()), dim=-1, eps=1e-12)
+    return nn.functional.normalize(head(h_BH.float()), dim=-1, eps=1e-12)
 
 
 class _Head(nn.Module):

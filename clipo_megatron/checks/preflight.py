@@ -30,7 +30,7 @@ def file_problems(recipe: Recipe) -> list[str]:
             etp=recipe.layout.etp,
             rollout_tp=recipe.rollout.tp,
         ),
-        *_expert_problems(recipe),
+        *expert_problems(recipe),
         *read_rows_problems([*recipe.data.train, *recipe.data.evaluation]),
         *_length_problems(recipe),
         *_run_folder_problems(recipe),
@@ -120,7 +120,7 @@ def _changed_keys(saved: Path, recipe: Recipe) -> list[str]:
     ]
 
 
-def _expert_problems(recipe: Recipe) -> list[str]:
+def expert_problems(recipe: Recipe) -> list[str]:
     """Keys against the kind of model: with a mixture of experts or without."""
     try:
         has_experts = read_architecture(Path(recipe.model.path)).experts is not None

@@ -111,6 +111,7 @@ class Step:
                 max_tokens=recipe.rollout.max_response_tokens,
                 seed=recipe.run.seed,
                 step=step,
+                routed_experts=recipe.experts.routing_replay,
             )
             groups = self._engines.generate(prompts, sampling, version=version)
         with self._clock.phase("judge"):

@@ -22,7 +22,7 @@ from clipo_megatron.parallel.token_chunks import StateGradient, TokenChunks, gat
 _CHUNK_TOKENS = 4096
 """Each chunk reads and writes the whole weight's gradient: 512 operations of its product a byte, twice what an H100
 needs to be bound by its matrix units."""
-_CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 24 << 20, 64 << 20
+_CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 16 << 20, 64 << 20
 """On the CPU below 32 MiB, from where malloc gets fresh pages each time; on the GPU wide enough to fill it."""
 _FAR = -200.0
 """exp of it is 0 in float32; shifts stop here, since -inf times a sum of 0 would be nan."""
@@ -62,9 +62,8 @@ def linear_logprob(
     """Log-probability of each label, and entropy, under softmax(h W^T / temperature) over the whole vocabulary.
 
     log p = x_label - logsumexp(x) and H = logsumexp(x) - sum(p x) with x = h W^T / temperature. Products are of the
-    weight's dtype, their sums, the logits and all that follows float32; so are the sums of both gradients, which are
-    rounded to their tensors' dtypes at the end. Rows of the padding (>= vocab_size) have probability zero and get no
-    gradient. Every rank must go on to compute the same scalar from the result.
+    weight's dtype; logits and all sums, those of the gradients too, are float32. Padding (rows >= vocab_size) has
+    probability zero and gets no gradient. Every rank must go on to compute the same scalar from the result.
 
     Memory beyond inputs and gradients: three tensors of `block_bytes`, a few of [chunk_tokens, H], and in the backward
     pass of more than one chunk a float32 [V, H], which is the weight's gradient itself when that is float32. The host
@@ -78,8 +77,7 @@ def linear_logprob(
     Args:
         h_TH: final states of this rank's tokens [T, H]. With `is_split` rank r holds tokens [r * T, (r + 1) * T) of
             the group's, else all ranks hold the same T tokens.
-        weight_VH: this rank's rows of the output layer [V, H], of h's dtype; rank r holds vocabulary rows
-            [r * V, (r + 1) * V).
+        weight_VH: output layer [V, H] of h's dtype; rank r holds vocabulary rows [r * V, (r + 1) * V).
         position_R: int64 [R] tokens, counted over the whole group with `is_split`, whose states predict the labels;
             strictly ascending, the same on all ranks, on the host or on h's device. R may be 0.
         label_R: int64 [R] on h's device, 0 <= label < vocab_size; the same on all ranks.
@@ -89,7 +87,7 @@ def linear_logprob(
         is_split: whether they split the tokens too (sequence parallelism).
         chunk_tokens: positions of a chunk at most.
         block_bytes: float32 bytes of a tile of logits, and of a block of the weight, at most, as long as one column
-            fits. None: 24 MiB on a CPU, 64 MiB on a GPU.
+            fits. None: 16 MiB on a CPU, 64 MiB on a GPU.
 
     Returns:
         (logprob_R, entropy_R): float32 [R], nats, the same on all ranks. The entropy carries no gradient.
@@ -236,10 +234,10 @@ def _multiply(left: Tensor, right: Tensor) -> Tensor:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add a product to a total in place."""
-    if total.dtype == torch.float32 and left.dtype != torch.float32:
-        total.add_(_multiply(left, right))
-    else:
+    if left.dtype == torch.float32:
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
+    else:
+        total.add_(_multiply(left, right))
 
 
 @contextlib.contextmanager

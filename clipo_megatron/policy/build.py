@@ -11,7 +11,7 @@ from clipo_megatron.policy.packer import is_sequence_split
 from clipo_megatron.policy.routing import install_replay
 from clipo_megatron.policy.settings import PolicySettings
 from clipo_megatron.policy.stage import Stage
-from clipo_megatron.policy.weight_io import load_hf_weights, mark_split_parameters
+from clipo_megatron.policy.weight_io import load_hf_weights, mark_experts, mark_split_parameters
 from clipo_megatron.weights.architecture import Architecture
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,6 +40,7 @@ def build_stage(
     chunks = build_chunks(config, architecture, layout, rank=rank, device=settings.device, precision=settings.precision)
     stage = Stage([chunk.to(device) for chunk in chunks], architecture, layout, rank=rank)
     mark_split_parameters(stage, architecture)
+    mark_experts(stage)
     load_hf_weights(stage, settings.model_path, architecture, layout, rank=rank)
     if settings.freeze_router:
         for name, parameter in stage.named_parameters():

@@ -8,11 +8,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipo_megatron.parallel.collectives import gather_tokens
+from clipo_megatron.policy.fp8_modules import fp8_linears
 from clipo_megatron.policy.micro_batch import held_positions
 from clipo_megatron.policy.precision import PrecisionSettings
 
@@ -152,4 +156,21 @@ def _layer_spec(config: TransformerConfig, precision: PrecisionSettings | None) 
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if precision is not None and precision.recipe != "none":
+        column, row = fp8_linears(
+            precision.recipe,
+            amax_history=precision.amax_history,
+            amax_group=parallel_state.get_amax_reduction_group(with_context_parallel=True),
+        )
+        attention.linear_qkv, attention.linear_proj = column, row
+        mlp = _mlp_submodules(cast("ModuleSpec", layer.mlp))
+        mlp.linear_fc1, mlp.linear_fc2 = column, row
     return spec
+
+
+def _mlp_submodules(mlp: ModuleSpec) -> MLPSubmodules:
+    """Of the layer's MLP, or of its experts."""
+    submodules = mlp.submodules
+    if isinstance(submodules, MoESubmodules):
+        return cast("MLPSubmodules", cast("ModuleSpec", submodules.experts).submodules)
+    return cast("MLPSubmodules", submodules)

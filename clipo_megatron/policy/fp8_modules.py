@@ -152,7 +152,7 @@ class BlockScaling:
         """See Scaling."""
         return (
             quantize_blocks(x_TI, block=(1, 128), dtype=_FORWARD),
-            quantize_blocks(weight_OI, block=(1, 128), dtype=_FORWARD),
+            quantize_blocks(weight_OI, block=(128, 128), dtype=_FORWARD),
             quantize_blocks(x_TI, block=(128, 1), dtype=_FORWARD),
         )
 

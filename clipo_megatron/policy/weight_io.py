@@ -31,6 +31,17 @@ def mark_split_parameters(stage: Stage, architecture: Architecture) -> None:
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
+def mark_experts(stage: Stage) -> None:
+    """Have the gradients of experts summed over the ranks that hold the same experts; before gradient buffers are made.
+
+    Megatron 0.16.1 does so for ep > 1 only. At ep = 1 it takes them for dense weights: with etp < tp each tp rank would
+    keep the sums of its own tokens, with etp > tp the shards of different ranks would be added up.
+    """
+    for name, parameter in stage.named_parameters():
+        if is_expert(name):
+            parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]  Megatron's mark
+
+
 @torch.no_grad()
 def load_hf_weights(
     stage: Stage, folder: Path, architecture: Architecture, layout: ParallelLayout, *, rank: int

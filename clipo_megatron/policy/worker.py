@@ -326,6 +326,9 @@ class PolicyWorker:
             "layout": asdict(self._layout),
             "rank": self._rank,
             "dtype": self._settings.dtype,
+            "precision": asdict(self._settings.precision),
+            "distributed_optimizer": self._settings.distributed_optimizer,
+            "freeze_router": self._settings.freeze_router,
             "architecture": asdict(self._architecture),
             "head": None if head is None else {"kind": head.head, "size": head.head_size},
         }

@@ -69,8 +69,9 @@ class PrecisionSection(Section):
 
 
 class ExpertsSection(Section):
-    """Mixture-of-experts policies only. Load balancing losses and router biases are off: they would move the policy
-    for other reasons than its reward.
+    """Mixture-of-experts policies only.
+
+    Load balancing losses and router biases are off: they would move the policy for other reasons than its reward.
     """
 
     routing_replay: bool = True

@@ -72,7 +72,8 @@ class RolloutEngine:
 
         A response depends on (weights, seed, step, prompt, sample number) only: not on the other prompts of the call,
         nor on the calls before. Log-probs are those of the distribution sampled from; at temperature 0, those of
-        temperature 1. Routed experts, if asked for, are those of every token but the last.
+        temperature 1. Routed experts are those of every token but the last; they are returned if both the settings and
+        `sampling` ask for them.
 
         Args:
             prompts: at most max_model_len - max_tokens ids each.
@@ -104,7 +105,11 @@ class RolloutEngine:
                 parameters.append(self._parameters(request_seed, sampling))
         outputs = llm.generate(requests, parameters, use_tqdm=False)
         recorded: dict[str, Routes] = llm.collective_rpc("clipo_take_routes")[0] if self._records_routes else {}
-        rollouts = [self._rollout(output, recorded, version) for output in outputs]
+        with_routes = self._return_routed_experts and sampling.routed_experts
+        rollouts = [
+            self._rollout(output, self._routes(output, recorded) if with_routes else None, version)
+            for output in outputs
+        ]
         return [
             RolloutGroup(prompt=prompt, rollouts=tuple(rollouts[row * sampling.samples : (row + 1) * sampling.samples]))
             for row, prompt in enumerate(prompts)
@@ -223,7 +228,7 @@ class RolloutEngine:
                 text = f"engine worker {rank} of {len(replies)}: {method}: {kind}: {message}"
                 raise CheckError(text) if kind == "CheckError" else EngineError(text)
 
-    def _rollout(self, output: RequestOutput, recorded: dict[str, Routes], version: int | None) -> Rollout:
+    def _rollout(self, output: RequestOutput, routes: Routes | None, version: int | None) -> Rollout:
         completion = output.outputs[0]
         ids = np.asarray(completion.token_ids, np.int32)
         logprobs = np.asarray(completion.logprobs.logprobs, np.float32)  # pyright: ignore
@@ -241,12 +246,12 @@ class RolloutEngine:
             finish=Finish(completion.finish_reason),
             policy_versions=spans,
             text=str(self._tokenizer.decode(ids, skip_special_tokens=True)),
-            routed_experts=self._routes(output, recorded),
+            routed_experts=routes,
         )
 
     def _routes(self, output: RequestOutput, recorded: dict[str, Routes]) -> Routes | None:
         completion = output.outputs[0]
-        if not self._return_routed_experts or completion.finish_reason == Finish.ABORT:
+        if completion.finish_reason == Finish.ABORT:
             return None
         fed = recorded.get(output.request_id) if self._records_routes else completion.routed_experts
         return rollout_routes(fed, len(output.prompt_token_ids or ()) + len(completion.token_ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ LAYOUTS: dict[str, tuple[ParallelLayout, dict[str, object]]] = {
     "tp4_sp": (_layout(4, tp=4), SPLIT),
     "pp2": (_layout(2, pp=2), SPLIT),
     "pp2_vpp2": (_layout(2, pp=2, vpp=2), SPLIT),
+    "pp2_vpp2_full": (_layout(2, pp=2, vpp=2), {"recompute": "full"}),
     "pp4_vpp2": (_layout(4, pp=4, vpp=2), SPLIT),
     "cp2": (_layout(2, cp=2), SPLIT),
     "cp4": (_layout(4, cp=4), SPLIT),
@@ -71,6 +73,7 @@ LAYOUTS: dict[str, tuple[ParallelLayout, dict[str, object]]] = {
     "cp2_dp2_selective": (_layout(4, cp=2), {"recompute": "selective"}),
     "ep2": (_layout(2, ep=2), SPLIT),
     "etp2": (_layout(2, tp=2, etp=2), SPLIT),
+    "etp2_dp2": (_layout(2, etp=2), SPLIT),
     "ep2_dp4": (_layout(4, ep=2), SPLIT),
     "ep2_cp2": (_layout(2, cp=2, ep=2), SPLIT),
     "ep2_tp2_sp": (_layout(2, tp=2, ep=2), SPLIT),
@@ -85,10 +88,11 @@ CASES = [
     *[("qwen2_tied", name, "ragged") for name in ("tp2_sp", "pp2_vpp2", "pp2_dp2", "tp2_sp_cp2")],
     *[("llama3_rope", name, "ragged") for name in ("tp2_sp_pp2", "cp2")],
     *[("qwen3_moe", name, "ragged") for name in LAYOUTS if "ep2" in name or "etp2" in name],
-    *[("qwen3_moe", name, "ragged") for name in ("dp2", "pp2_vpp2")],
+    *[("qwen3_moe", name, "ragged") for name in ("dp2", "pp2_vpp2", "tp2_sp", "tp2_sp_dp2")],
     *[("qwen3", "dp2", batch) for batch in ("uneven", "one_sided", "no_anchor")],
     *[("qwen3", "tp2_sp_cp2", batch) for batch in ("uneven", "no_anchor")],
     ("qwen3_moe", "ep2", "one_sided"),
+    *[("qwen3_moe", name, "routed") for name in ("ep2_tp2_sp", "ep2_cp2", "pp2_vpp2_full", "tp2_sp_pp2_full")],
 ]
 
 
@@ -97,6 +101,11 @@ def _batch(kind: str) -> RolloutBatch:
         whole = make_batch(num_groups=5, seed=2)
         return whole.select(np.flatnonzero(np.arange(whole.num_sequences) % 7 != 3))
     batch = make_batch()
+    if kind == "routed":  # to any experts at all; to the router's own where they are not known
+        random = np.random.default_rng(4)
+        routes = random.random((len(batch.input_ids), 4, 4)).argsort(-1)[..., :2].astype(np.int16)
+        routes[random.random(len(routes)) < 0.2] = -1
+        return replace(batch, routed_experts=routes)
     if kind == "one_sided":  # one of two data parallel ranks holds no right rollout
         plan = plan_micro_batches(
             batch.lengths,
@@ -114,7 +123,7 @@ def _batch(kind: str) -> RolloutBatch:
 
 def _one_step(folder: Path, layout: ParallelLayout, options: dict[str, object], kind: str) -> dict[str, object]:
     """Score, then two updates (KL loss and clipping included); all that a rank can see of them."""
-    worker = make_worker(folder, layout, **options)
+    worker = make_worker(folder, layout, routing_replay=kind == "routed", **options)
     pooled: list[torch.Tensor] = []
     if worker._head is not None:
         worker._head.module.register_forward_pre_hook(lambda _module, inputs: pooled.append(inputs[0].detach().clone()))
@@ -183,6 +192,7 @@ def _check_scores(found: Scores, want: Scores, *, has_anchors: bool) -> None:
         assert relative_error(a, b) < TOLERANCE, column
     np.testing.assert_array_equal(found.is_anchor, want.is_anchor)
     assert found.is_anchor.any() == has_anchors
+    assert found.policy_metrics == pytest.approx(want.policy_metrics)
     assert found.contrastive_metrics.keys() == want.contrastive_metrics.keys()
     for name in ("loss", "head_grad_norm") if has_anchors else ("loss",):
         assert found.contrastive_metrics[name] == pytest.approx(want.contrastive_metrics[name], rel=TOLERANCE)

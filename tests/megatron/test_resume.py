@@ -22,6 +22,7 @@ from support.tiny_models import make_tiny_hf
 
 from clipo_megatron.errors import CheckpointError
 from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.policy.precision import PrecisionSettings
 from clipo_megatron.policy.state import (
     optimizer_steps,
     optimizer_tensors,
@@ -33,11 +34,19 @@ from clipo_megatron.policy.worker import PolicyWorker
 
 ONE = ParallelLayout(world_size=1)
 WARMUP = replace(OPTIMIZER, warmup_updates=5)
+PLAIN = {"distributed_optimizer": False}
+DELAYED = PrecisionSettings(recipe="delayed", amax_history=4)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return make_tiny_hf(tmp_path_factory.mktemp("model"), "qwen2", tied=True, vocab_size=300, tokenizer_size=280)
+    folder = tmp_path_factory.mktemp("model")
+    return make_tiny_hf(folder, "qwen2", tied=True, num_layers=4, vocab_size=300, tokenizer_size=280)
+
+
+@pytest.fixture(scope="module")
+def moe_folder(tmp_path_factory) -> Path:
+    return make_tiny_hf(tmp_path_factory.mktemp("moe"), "qwen3_moe", vocab_size=300, tokenizer_size=280)
 
 
 def _step(worker: PolicyWorker, layout: ParallelLayout, step: int) -> dict[str, object]:
@@ -54,40 +63,62 @@ def _step(worker: PolicyWorker, layout: ParallelLayout, step: int) -> dict[str, 
     }
 
 
-def _interrupted(model: Path, state: Path, layout: ParallelLayout, dtype: str) -> tuple[dict, dict]:
+def _interrupted(
+    model: Path, state: Path, layout: ParallelLayout, dtype: str, options: dict[str, object]
+) -> tuple[dict, dict]:
     """The third step of a run, and the same step after a resume in a fresh worker."""
     torch.manual_seed(11)
-    worker = make_worker(model, layout, dtype=dtype, optimizer=WARMUP)
+    worker = make_worker(model, layout, dtype=dtype, optimizer=WARMUP, **options)
     for step in (1, 2):
         _step(worker, layout, step)
     worker.save(state)
     uninterrupted = _step(worker, layout, 3)
     torch.manual_seed(99)
-    resumed = make_worker(model, layout, dtype=dtype, optimizer=WARMUP)
+    resumed = make_worker(model, layout, dtype=dtype, optimizer=WARMUP, **options)
     resumed.load(state)
     return uninterrupted, _step(resumed, layout, 3)
 
 
-@pytest.mark.parametrize(
-    ("layout", "dtype"),
-    [
-        (ONE, "float32"),
-        (ONE, "bfloat16"),
-        (ParallelLayout(world_size=2), "float32"),
-        (ParallelLayout(world_size=2), "bfloat16"),
-        (ParallelLayout(world_size=4, tp=2, pp=2), "float32"),
-    ],
-    ids=str,
-)
-def test_a_resumed_run_goes_on_bit_for_bit(folder, tmp_path, layout, dtype):
-    for uninterrupted, resumed in run_ranks(
-        _interrupted, folder, tmp_path, layout, dtype, world_size=layout.world_size
-    ):
+def _assert_same(results: list[tuple[dict, dict]]) -> None:
+    for uninterrupted, resumed in results:
         assert uninterrupted["metrics"] == resumed["metrics"]
         assert uninterrupted["head_metrics"] == resumed["head_metrics"]
         for key in ("scores", "weights", "head", "random"):
             for name, tensor in uninterrupted[key].items():
                 assert torch.equal(tensor, resumed[key][name]), f"{key}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "options"),
+    [
+        (ONE, "float32", {}),
+        (ONE, "bfloat16", {}),
+        (ONE, "bfloat16", {"precision": DELAYED}),
+        (ParallelLayout(world_size=2), "float32", {}),
+        (ParallelLayout(world_size=2), "bfloat16", {}),
+        (ParallelLayout(world_size=2), "float32", PLAIN),
+        (ParallelLayout(world_size=2), "bfloat16", PLAIN),
+        (ParallelLayout(world_size=2, cp=2), "float32", {}),
+        (ParallelLayout(world_size=2, pp=2, vpp=2), "float32", {}),
+        (ParallelLayout(world_size=4, tp=2, pp=2), "float32", {}),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_goes_on_bit_for_bit(folder, tmp_path, layout, dtype, options):
+    _assert_same(run_ranks(_interrupted, folder, tmp_path, layout, dtype, options, world_size=layout.world_size))
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "options"),
+    [
+        (ParallelLayout(world_size=2, ep=2), "float32", {}),
+        (ParallelLayout(world_size=2, ep=2), "bfloat16", PLAIN),
+        (ParallelLayout(world_size=2, pp=2), "float32", {"freeze_router": True}),
+    ],
+    ids=str,
+)
+def test_a_resumed_mixture_of_experts_goes_on_bit_for_bit(moe_folder, tmp_path, layout, dtype, options):
+    _assert_same(run_ranks(_interrupted, moe_folder, tmp_path, layout, dtype, options, world_size=layout.world_size))
 
 
 class _GroupStepOptimizer(torch.optim.Optimizer):
@@ -148,10 +179,13 @@ def saved(folder, tmp_path_factory) -> Path:
     [
         (ParallelLayout(world_size=2), {}, "layout"),
         (ONE, {"dtype": "bfloat16"}, "dtype"),
+        (ONE, {"precision": DELAYED}, "precision"),
+        (ONE, PLAIN, "distributed_optimizer"),
+        (ONE, {"freeze_router": True}, "freeze_router"),
         (ONE, {"contrastive": None}, "head"),
         (ONE, {"contrastive": replace(CONTRASTIVE, head_size=8)}, "head"),
     ],
-    ids=["layout", "dtype", "no_head", "head_size"],
+    ids=["layout", "dtype", "precision", "optimizer", "router", "no_head", "head_size"],
 )
 def test_a_state_of_another_run_is_refused(folder, saved, layout, options, word):
     messages = run_ranks(_load, folder, saved, layout, options, world_size=layout.world_size)

@@ -198,6 +198,28 @@ def test_bfloat16_products_are_summed_in_float32(chunk_tokens):
         torch.testing.assert_close(found.double(), want, rtol=2**-7, atol=2**-8 * float(want.abs().max()))
 
 
+def _sum_of_many_chunks() -> torch.Tensor:
+    weight_VH = torch.zeros(8, 4, dtype=torch.bfloat16).requires_grad_()
+    logprob_R, _ = linear_logprob(
+        torch.ones(1024, 4, dtype=torch.bfloat16),
+        weight_VH,
+        torch.arange(1024),
+        torch.zeros(1024, dtype=torch.int64),
+        temperature=1.0,
+        vocab_size=8,
+        group=dist.group.WORLD,
+        is_split=False,
+        chunk_tokens=1,
+    )
+    logprob_R.sum().backward()
+    return weight_VH.grad[0]
+
+
+def test_the_weights_gradient_does_not_stop_growing_over_chunks():
+    [grad_H] = run_ranks(_sum_of_many_chunks, world_size=1)
+    assert grad_H.tolist() == [1024 * (1 - 1 / 8)] * 4  # sums of 7/8 in bfloat16 end at 256
+
+
 def _precision_after_a_call_and_after_a_failure() -> list[str]:
     matmul = torch.backends.mkldnn.matmul
     found = [matmul.fp32_precision]

@@ -19,7 +19,7 @@ from clipo_megatron.rollout.settings import EngineSettings
 from clipo_megatron.sync.bucket import pack_buckets
 
 MAX_MODEL_LEN = 384
-SAMPLING = Sampling(samples=4, temperature=1.0, top_p=1.0, max_tokens=48, seed=0, step=1)
+SAMPLING = Sampling(samples=4, temperature=1.0, top_p=1.0, max_tokens=48, seed=0, step=1, routed_experts=True)
 BUCKET_BYTES = 40_000
 """Small enough that the parts of a fused matrix come in several buckets."""
 

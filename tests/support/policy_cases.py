@@ -1,18 +1,21 @@
-"""Batches, settings and workers for tests of the policy, and views of a worker's insides that only tests need."""
+"""Batches, settings and workers for tests of the policy; views of a worker's insides come from policy.inspection."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from clipo_megatron.parallel.collectives import gather_shards
 from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.policy.inspection import (  # noqa: F401 (tests take them from here, beside what they are used on)
+    errors_by_kind,
+    full_gradients,
+    head_weights,
+    relative_error,
+    share_scores,
+    weights_of,
+)
 from clipo_megatron.policy.precision import PrecisionSettings
 from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings, PolicySettings
 from clipo_megatron.policy.worker import PolicyWorker
@@ -96,14 +99,6 @@ def make_worker(
     return PolicyWorker(settings, rank=dist.get_rank())
 
 
-def share_scores(scores: Scores | None, layout: ParallelLayout) -> Scores:
-    """The scores of the rank that reports, on every rank: what the driver does in a run."""
-    box = [scores]
-    dist.broadcast_object_list(box, src=layout.rank(tp=0, dp=0, pp=layout.pp - 1))
-    assert box[0] is not None
-    return box[0]
-
-
 def scored(batch: RolloutBatch, scores: Scores, *, noise: float = 0.3) -> RolloutBatch:
     """The batch ready to train on; old log-probs are moved by `noise`, so that some tokens are clipped, others not."""
     moved = np.random.default_rng(1).normal(size=len(batch.input_ids)).astype(np.float32)
@@ -112,57 +107,3 @@ def scored(batch: RolloutBatch, scores: Scores, *, noise: float = 0.3) -> Rollou
         reference_logprobs=scores.reference_logprobs,
         advantages=make_advantages(batch),
     )
-
-
-def full_gradients(worker: PolicyWorker) -> dict[str, Tensor]:
-    """This stage's gradients of the last update, clipped, under Hugging Face names. Collective over all ranks."""
-    groups = worker._groups
-    if worker._settings.distributed_optimizer:
-        for chunk in worker._stage.wrapped:
-            _gather_gradients(chunk.buffers, groups.dp_cp)
-            _gather_gradients(chunk.expert_parallel_buffers, groups.expert_dp)
-    own = {name: parameter for name, parameter in worker._stage.named_parameters() if parameter.requires_grad}
-    for parameter in own.values():  # give the gradients out as if they were the weights
-        parameter.data, parameter.kept = parameter.main_grad.clone(), parameter.data
-    gradients = dict(worker.hf_tensors())
-    for parameter in own.values():
-        parameter.data = parameter.kept
-    return {name: gradient.clone() for name, gradient in gradients.items()}
-
-
-def _gather_gradients(buffers: list, group: dist.ProcessGroup) -> None:
-    """Reduce-scattered buffers: each rank holds the sums of its own part of each bucket."""
-    for buffer in buffers:
-        for bucket in buffer.buckets:
-            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            bucket.grad_data.copy_(torch.cat(gather_shards(own, group)))
-
-
-def weights_of(worker: PolicyWorker) -> dict[str, Tensor]:
-    """This stage's weights, copied."""
-    return {name: tensor.clone() for name, tensor in worker.hf_tensors()}
-
-
-def head_weights(worker: PolicyWorker) -> dict[str, Tensor]:
-    """The head's weights, copied; empty before the last stage."""
-    return (
-        {} if worker._head is None else {name: p.detach().clone() for name, p in worker._head.module.named_parameters()}
-    )
-
-
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted|, Euclidean norms."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
-
-
-def errors_by_kind(found: Mapping[object, Tensor], wanted: Mapping[object, Tensor]) -> dict[str, float]:
-    """Relative error of each kind of tensor: the same one of all layers and experts, taken together."""
-    kinds: dict[str, list[object]] = {}
-    for name in found:
-        kinds.setdefault(re.sub(r"\d+", "*", str(name)), []).append(name)
-    return {
-        kind: relative_error(
-            torch.cat([found[name].flatten() for name in names]), torch.cat([wanted[name].flatten() for name in names])
-        )
-        for kind, names in kinds.items()
-    }

@@ -88,6 +88,16 @@ def test_every_token_but_the_last_has_the_experts_that_transformers_chooses(pair
     _assert_routes_are_the_references(pair, groups)
 
 
+def test_routes_are_returned_only_where_the_sampling_asks_for_them(pair: Pair) -> None:
+    prompts, sampling = random_prompts((9,)), replace(SAMPLING, max_tokens=4)
+    (without,) = pair.engine.generate(prompts, replace(sampling, routed_experts=False), version=None)
+    (group,) = pair.engine.generate(prompts, sampling, version=None)
+    assert [rollout.routed_experts for rollout in without.rollouts] == [None] * SAMPLING.samples
+    for one, other in zip(without.rollouts, group.rollouts, strict=True):
+        assert np.array_equal(one.response_ids, other.response_ids)
+    _assert_routes_are_the_references(pair, [group])
+
+
 def test_prompt_tokens_from_the_prefix_cache_have_routes(pair: Pair) -> None:
     # Blocks of 128 tokens are shared by the four samples of a prompt; all but the first compute the rest only.
     groups = pair.engine.generate(random_prompts((300,)), replace(SAMPLING, max_tokens=8), version=None)

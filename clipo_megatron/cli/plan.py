@@ -1,0 +1,138 @@
+"""`clipo plan memory RECIPE.yaml [key=value ...]`: GPU memory of the trainer's ranks, estimated before a GPU is rented."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from clipo_megatron.checks.memory import ASSUMPTIONS, GIB, MemoryEstimate, RankMemory, estimate_memory
+from clipo_megatron.errors import ConfigError
+from clipo_megatron.recipe import Recipe
+from clipo_megatron.recipe.load import read_recipe
+from clipo_megatron.weights.architecture import CONFIG_FILE, Architecture, read_architecture
+from clipo_megatron.weights.folder_check import layout_problems
+
+_WARN_SHARE = 0.9
+_TERMS = tuple(field.name for field in dataclasses.fields(RankMemory))
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declare the command."""
+    parser = commands.add_parser("plan", help="estimate what a recipe needs", description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    memory = actions.add_parser("memory", help="GPU memory of a trainer rank, by pipeline stage and term")
+    memory.add_argument("recipe", type=Path, help="YAML file, e.g. examples/math_qwen3_32b/recipe.yaml")
+    memory.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. layout.tp=4 layout.recompute=full")
+    memory.add_argument(
+        "--config", type=Path, metavar="PATH", help="config.json, where model.path is not on this machine"
+    )
+    memory.add_argument("--gpu-gib", type=float, default=80.0, metavar="N", help="memory of one GPU (default 80)")
+    memory.add_argument("--json", action="store_true", help="bytes as JSON instead of the table")
+    memory.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the estimate; a warning when the worst rank is above 90 % of the GPU.
+
+    Raises:
+        ConfigError: all faults of the recipe and of its layout against the model, or no config.json.
+    """
+    recipe, problems = read_recipe(args.recipe, args.overrides)
+    if not 0 < args.gpu_gib < math.inf:
+        problems.append(f"--gpu-gib = {args.gpu_gib}: must be > 0")
+    arch = None
+    if recipe is not None:
+        try:
+            arch = _read_architecture(recipe, args.config)
+            problems += _layout_problems(recipe, arch)
+        except ConfigError as error:
+            problems += error.problems
+    if problems or recipe is None or arch is None:
+        raise ConfigError(problems)
+    estimate = estimate_memory(recipe, arch)
+    if args.json:
+        print(json.dumps(_as_json(estimate, args.gpu_gib), indent=1))
+    else:
+        _print(estimate, recipe, args.gpu_gib)
+    return 0
+
+
+def _read_architecture(recipe: Recipe, config: Path | None) -> Architecture:
+    if config is None:
+        folder = Path(recipe.model.path)
+        if not (folder / CONFIG_FILE).is_file():
+            raise ConfigError(
+                f"model.path = {folder}: no {CONFIG_FILE} there; put the model's {CONFIG_FILE} into that folder (it is all "
+                "that is read), or give its place with --config PATH"
+            )
+        return read_architecture(folder)
+    folder = config if config.is_dir() else config.parent
+    if not (folder / CONFIG_FILE).is_file() or (config.is_file() and config.name != CONFIG_FILE):
+        raise ConfigError(f"--config = {config}: no {CONFIG_FILE}; give that file of the model, or its folder")
+    return read_architecture(folder)
+
+
+def _layout_problems(recipe: Recipe, arch: Architecture) -> list[str]:
+    layout = recipe.layout
+    return layout_problems(
+        arch,
+        tp=layout.tp,
+        pp=layout.pp,
+        vpp=layout.vpp,
+        ep=layout.ep,
+        etp=layout.etp,
+        rollout_tp=recipe.rollout.tp,
+    )
+
+
+def _is_over(estimate: MemoryEstimate, gpu_gib: float) -> bool:
+    return estimate.stages[estimate.worst_stage].total > _WARN_SHARE * gpu_gib * GIB
+
+
+def _as_json(estimate: MemoryEstimate, gpu_gib: float) -> dict[str, object]:
+    return {
+        "kind": "estimate",
+        "unit": "bytes",
+        "gpu_gib": gpu_gib,
+        "worst_stage": estimate.worst_stage,
+        "over": _is_over(estimate, gpu_gib),
+        "stages": [dataclasses.asdict(stage) | {"total": stage.total} for stage in estimate.stages],
+        "host": estimate.host_bytes,
+        "assumptions": list(ASSUMPTIONS),
+    }
+
+
+def _print(estimate: MemoryEstimate, recipe: Recipe, gpu_gib: float) -> None:
+    layout, console = recipe.layout, Console(soft_wrap=True, highlight=False)
+    degrees = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp")} | {"dp": recipe.dp}
+    table = Table(
+        title=f"ESTIMATE, not measured: GiB on a GPU of each pipeline stage ({layout.world_size} ranks, "
+        + " ".join(f"{name}={degree}" for name, degree in degrees.items() if degree > 1)
+        + f", {layout.micro_batch_tokens} tokens a micro-batch, recompute={layout.recompute})",
+        title_justify="left",
+    )
+    table.add_column("stage", justify="right")
+    for term in (*_TERMS, "total"):
+        table.add_column(term.replace("fp8_weights", "fp8 copies"), justify="right")
+    for number, stage in enumerate(estimate.stages):
+        row = [f"{getattr(stage, term) / GIB:.1f}" for term in (*_TERMS, "total")]
+        table.add_row(str(number), *row, style="bold" if number == estimate.worst_stage else "")
+    console.print(table)
+    worst = estimate.stages[estimate.worst_stage].total / GIB
+    console.print(
+        f"worst: stage {estimate.worst_stage}, {worst:.1f} GiB, {100 * worst / gpu_gib:.0f} % of {gpu_gib:g} GiB; host "
+        f"memory of one rank {estimate.host_bytes / GIB:.1f} GiB"
+    )
+    for assumption in ASSUMPTIONS:
+        console.print(f"  assumed: {assumption}")
+    if _is_over(estimate, gpu_gib):
+        console.print(
+            f"WARN: above {100 * _WARN_SHARE:.0f} % of {gpu_gib:g} GiB, where fragmentation alone can end a run; lower "
+            "layout.micro_batch_tokens, recompute more, or share out more (tp, pp, ep)"
+        )
