@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         for report in measure_logprob(size, repeats=args.repeats):
             print(json.dumps(asdict(report)), flush=True)
             reports.append(report)
-    Console(stderr=True).print(_table(reports))
+    Console(stderr=True, width=100).print(_table(reports))
     return 0
 
 

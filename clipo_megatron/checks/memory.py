@@ -180,12 +180,11 @@ def _rules_of_stage(recipe: Recipe, arch: Architecture, stage: int) -> Iterator[
     first_of_layer = next(number for number, rule in enumerate(rules) if rule.is_of_layer)
     is_first, is_last = stage == 0, stage == recipe.layout.pp - 1
     for number, rule in enumerate(rules):
-        if rule.is_of_layer:
+        is_here = rule.is_of_layer or (is_first if number < first_of_layer else is_last)
+        # A tied model has an output layer of its own only where it is on another stage than the embedding.
+        is_embedding = arch.tied and is_first and rule.megatron == OUTPUT_LAYER
+        if is_here and not is_embedding:
             yield rule
-        elif is_first if number < first_of_layer else is_last:
-            # A tied model has an output layer of its own only where it is on another stage than the embedding.
-            if not (arch.tied and is_first and rule.megatron == OUTPUT_LAYER):
-                yield rule
 
 
 def _layer_share(recipe: Recipe, arch: Architecture, *, is_fp8: bool) -> LayerShare:

@@ -77,8 +77,13 @@ def choose_model(
             f"--layers {num_layers}: the model has {arch.num_layers}, and real weights for no more; use fewer, or "
             "--weights random"
         )
+    if num_layers % chunks:
+        problems.append(
+            f"--layers {num_layers}: must be a multiple of layout.pp * layout.vpp = {layout.pp} * {layout.vpp}; use "
+            f"{-(-num_layers // chunks) * chunks}"
+        )
     problems += layout_problems(
-        replace(arch, num_layers=num_layers),
+        arch,
         tp=layout.tp,
         pp=layout.pp,
         vpp=layout.vpp,

@@ -17,6 +17,8 @@ from clipo_megatron.recipe.sections import ExpertsSection
 from clipo_megatron.weights.architecture import read_architecture
 from clipo_megatron.weights.folder_check import model_folder_problems
 
+_FP8_SIZE = 16
+
 
 def file_problems(recipe: Recipe) -> list[str]:
     """All faults of the files and folders that a recipe names. Reads headers only; takes a second or two."""
@@ -31,6 +33,7 @@ def file_problems(recipe: Recipe) -> list[str]:
             rollout_tp=recipe.rollout.tp,
         ),
         *expert_problems(recipe),
+        *_precision_problems(recipe),
         *read_rows_problems([*recipe.data.train, *recipe.data.evaluation]),
         *_length_problems(recipe),
         *_run_folder_problems(recipe),
@@ -144,6 +147,33 @@ def expert_problems(recipe: Recipe) -> list[str]:
             "it to true, or experts.routing_replay=false"
         )
     return problems
+
+
+def _precision_problems(recipe: Recipe) -> list[str]:
+    """FP8 products need sizes that are multiples of 16 on each rank."""
+    if recipe.precision.recipe == "none":
+        return []
+    try:
+        architecture = read_architecture(Path(recipe.model.path))
+    except ConfigError:
+        return []  # told with the model folder's faults
+    tp, experts = recipe.layout.tp, architecture.experts
+    query_key_value = (architecture.num_heads + 2 * architecture.num_kv_heads) * architecture.head_dim
+    sizes = {
+        "hidden_size": (architecture.hidden_size, 1),
+        "query, key and value heads' size": (query_key_value, tp),
+        "num_attention_heads * head_dim": (architecture.num_heads * architecture.head_dim, tp),
+    }
+    if experts is None:
+        sizes["intermediate_size"] = (architecture.ffn_size, tp)
+    else:
+        sizes["moe_intermediate_size"] = (experts.ffn_size, recipe.layout.etp)
+    return [
+        f"precision.recipe = {recipe.precision.recipe}: the model's {name} = {size}, split between {degree} ranks, must be a "
+        "multiple of 16 on each; choose another degree or precision.recipe=none"
+        for name, (size, degree) in sizes.items()
+        if size % degree or size // degree % _FP8_SIZE
+    ]
 
 
 def _length_problems(recipe: Recipe) -> list[str]:

@@ -39,6 +39,7 @@ _LABELS = {
 }
 _BY_KIND = ("policy_gradient", "parameters")
 _NAMED = 5
+_WIDTH = 120
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -217,7 +218,8 @@ def _finite(error: float) -> float | None:
 
 
 def _print_table(report: ParityReport) -> None:
-    console = Console()
+    # A narrow terminal, or a pipe, must not cut the names.
+    console = Console(width=max(Console().width, _WIDTH))
     settings, model, shape = report.settings, report.model, report.shape
     degrees = {key: getattr(settings.layout, key) for key in _DEGREES}
     layout = " ".join(f"{key}={degree}" for key, degree in degrees.items() if degree > 1) or "one rank"
@@ -240,8 +242,7 @@ def _print_table(report: ParityReport) -> None:
             table.add_row(f"{_LABELS[quantity]}: worst, {worst}", _cell(kinds[worst], report))
         else:
             table.add_row(_LABELS[quantity], _cell(max(kinds.values()), report))
-    # A narrow terminal must not cut the names.
-    console.print(table, width=max(console.width, 100), no_wrap=True, crop=False)
+    console.print(table)
 
 
 def _cell(error: float, report: ParityReport) -> str:

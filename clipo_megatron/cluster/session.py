@@ -58,7 +58,7 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
     rollout, gpus = recipe.rollout, 1 if device == "cuda" else 0
     policy = RayPolicy(
         policy_settings(recipe, device=device),
-        actor_options=_options(cpus=1, gpus=gpus, environment=_THREADS if device == "cpu" else {}),
+        actor_options=_options(cpus=1, gpus=gpus, environment=_TRAINER_ENVIRONMENT[device]),
         bucket_bytes=recipe.sync.bucket_mib << 20,
         timeout_s=recipe.run.worker_timeout_s,
         log_folder=log_folder,
@@ -78,7 +78,8 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
     return policy, engines
 
 
-_THREADS = {"OMP_NUM_THREADS": "1"}
+# One queue of launches: Megatron counts on it that a collective begins before the product that overlaps it.
+_TRAINER_ENVIRONMENT = {"cpu": {"OMP_NUM_THREADS": "1"}, "cuda": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}}
 
 
 def _options(*, cpus: int, gpus: int, environment: dict[str, str]) -> dict[str, Any]:

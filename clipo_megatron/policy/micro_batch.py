@@ -65,7 +65,7 @@ class MicroBatch:
     sequence: Tensor
     """int64 [R] the sequence of each, among the S."""
     routes: Tensor | None = None
-    """int16 [tokens that this rank's routers see, layers, experts per token], -1 where the router decides."""
+    """int16 [tokens that this rank's routers see, layers, experts per token] on the host, -1 where the router decides."""
 
     def response_column(self, column: Floats) -> Tensor:
         """float32 [R]: a token column of the batch at the response tokens."""

@@ -89,8 +89,9 @@ class PolicyOptimizer:
                 use_distributed_optimizer=distributed_optimizer,
                 optimizer_cpu_offload=settings.cpu_offload,
                 optimizer_offload_fraction=1.0 if settings.cpu_offload else 0.0,
-                use_torch_optimizer_for_cpu_offload=settings.cpu_offload,
                 overlap_cpu_optimizer_d2h_h2d=settings.cpu_offload,
+                # Without it the distributed optimizer keeps float32 masters of its own on the GPU.
+                use_precision_aware_optimizer=settings.cpu_offload,
             ),
             self._chunks,  # pyright: ignore[reportArgumentType]
             config_overrides={},

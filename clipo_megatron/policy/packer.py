@@ -66,9 +66,10 @@ class Packer:
         dp_rank = self._layout.dp_rank(self._rank)
         # The interleaved schedule sends tensors of one shape only.
         num_tokens = max(plan.tokens[dp_rank]) if self._layout.vpp > 1 else 0
+        columns = replace(batch, routed_experts=None)  # the largest one, and not packed with the others
         micro_batches = [
             pack(
-                batch,
+                columns,
                 rows,
                 padding=self._padding,
                 cp_rank=self._layout.cp_rank(self._rank),

@@ -183,7 +183,7 @@ def micro_batch_routes(
         num_shards: tp under sequence parallelism, else 1.
 
     Returns:
-        int16 [T, L, K] on the micro-batch's device; -1 on padding.
+        int16 [T, L, K] on the host, as all micro-batches of a step together are large; -1 on padding.
 
     Raises:
         CheckError: an expert that the model does not have.
@@ -196,4 +196,4 @@ def micro_batch_routes(
             f"routed experts of a micro-batch are in [{routes.min()}, {routes.max()}], but the policy has {num_experts} "
             "experts: the engine runs another model"
         )
-    return torch.from_numpy(np.ascontiguousarray(routes)).to(micro_batch.source.device)
+    return torch.from_numpy(np.ascontiguousarray(routes))

@@ -84,7 +84,8 @@ class Stage:
     def forward(self, chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
         """One of `wrapped` on a micro-batch: states for the next stage, or after the final norm, [tokens, 1, H]."""
         if self.replay is not None:
-            self.replay.set_routes(chunk, micro_batch.routes)
+            routes = micro_batch.routes
+            self.replay.set_routes(chunk, None if routes is None else routes.to(micro_batch.input_ids.device))
         return chunk(
             micro_batch.input_ids, micro_batch.position_ids, attention_mask=None, packed_seq_params=micro_batch.packed
         )

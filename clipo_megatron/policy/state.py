@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -53,6 +54,9 @@ def restore_optimizer(
             }
             if state:
                 optimizer.state[parameter] = state
+    if isinstance(optimizer, HybridDeviceOptimizer):
+        # Its state is a view of those of the optimizers that it deals its parameters to.
+        optimizer._sync_hdo_state_to_sub_optimizers()
 
 
 def write_state(folder: Path, rank: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Plain]) -> None:

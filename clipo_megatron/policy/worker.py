@@ -173,7 +173,7 @@ class PolicyWorker:
         )
         updates: list[tuple[bool, dict[str, float]]] = []
         for rows in shares:
-            share = batch.select(rows)
+            share = batch.select(rows) if len(shares) > 1 else batch
             micro_batches, plan = self._packer(share, with_routes=True)
             loss = PolicyLoss(share, self._settings.algorithm, self._logprob, self._auxiliary_loss())
             updated, metrics = update(self._stage, self._optimizer, micro_batches, loss, group=self._groups.dp_cp)

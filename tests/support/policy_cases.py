@@ -62,6 +62,7 @@ def make_worker(
     folder: Path,
     layout: ParallelLayout,
     *,
+    device: str = "cpu",
     sequence_parallel: bool = True,
     dtype: str = "float32",
     micro_batch_tokens: int = 64,
@@ -76,12 +77,12 @@ def make_worker(
     contrastive: ContrastiveSettings | None = CONTRASTIVE,
     optimizer: OptimizerSettings = OPTIMIZER,
 ) -> PolicyWorker:
-    """This rank's worker on the CPU."""
+    """This rank's worker."""
     settings = PolicySettings(
         model_path=folder,
         layout=layout,
         dtype=dtype,
-        device="cpu",
+        device=device,
         sequence_parallel=sequence_parallel,
         micro_batch_tokens=micro_batch_tokens,
         recompute=recompute,
