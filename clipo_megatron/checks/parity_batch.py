@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from clipo_megatron.data.packing import alignment, least_rows
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.parallel.layout import ParallelLayout
-from clipo_megatron.records import Floats, RolloutBatch, Routes
+from clipo_megatron.records import Floats, Ids, RolloutBatch, Routes
 from clipo_megatron.weights.architecture import Architecture
 
 _TOKENS, _LONGEST, _LEAST_ROWS = 64, 20, 16
 _GROUP_SIZES = (4, 5, 3, 6)
-_SHIFT = 0.3
+_SHIFT, _VARIED = 0.3, 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +93,7 @@ def draw_batch(shape: BatchShape, arch: Architecture, *, seed: int, with_routes:
     group_size = np.bincount(group_id)[group_id]
     is_correct = (group_id == 0) | (place_in_group < group_size // 2 + 1)
     batch = RolloutBatch(
-        input_ids=random.integers(0, arch.vocab_size, num_tokens).astype(np.int32),
+        input_ids=_token_ids(group_id, prompt_lengths, cu_seqlens, arch.vocab_size, random),
         cu_seqlens=cu_seqlens,
         prompt_lengths=prompt_lengths.astype(np.int64),
         sampled_logprobs=np.zeros(num_tokens, dtype=np.float32),
@@ -119,6 +119,22 @@ def _group_ids(num_rows: int) -> NDArray[np.int64]:
     """Groups of uneven sizes, one after the other; the last one is cut."""
     sizes = np.resize(_GROUP_SIZES, num_rows)
     return np.repeat(np.arange(num_rows, dtype=np.int64), sizes)[:num_rows]
+
+
+def _token_ids(
+    group_id: NDArray[np.int64],
+    prompt_lengths: NDArray[np.int64],
+    cu_seqlens: NDArray[np.int64],
+    vocab_size: int,
+    random: np.random.Generator,
+) -> Ids:
+    """Rollouts of a prompt are variations of one: else its states lie far apart, and a loss near 0 is all rounding."""
+    lengths = np.diff(cu_seqlens)
+    position = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    common = random.integers(0, vocab_size, (group_id[-1] + 1, lengths.max()))[np.repeat(group_id, lengths), position]
+    own = random.integers(0, vocab_size, len(position))
+    is_own = (position >= np.repeat(prompt_lengths, lengths)) & (random.random(len(position)) < _VARIED)
+    return np.where(is_own, own, common).astype(np.int32)
 
 
 def _routes(arch: Architecture, cu_seqlens: NDArray[np.int64], random: np.random.Generator) -> Routes | None:

@@ -160,7 +160,7 @@ def _layer_spec(config: TransformerConfig, precision: PrecisionSettings | None) 
         column, row = fp8_linears(
             precision.recipe,
             amax_history=precision.amax_history,
-            amax_group=parallel_state.get_amax_reduction_group(with_context_parallel=True),
+            amax_group=cast("dist.ProcessGroup", parallel_state.get_amax_reduction_group(with_context_parallel=True)),
         )
         attention.linear_qkv, attention.linear_proj = column, row
         mlp = _mlp_submodules(cast("ModuleSpec", layer.mlp))

@@ -124,8 +124,7 @@ def pack(
     length = np.append(part.lengths, 0)[sequence]  # a tail has no token of its own
     source = np.where(place < length, np.append(part.cu_seqlens, 0)[sequence] + place, -1)
 
-    is_next_response = (place + 1 < length) & (place + 1 >= np.append(part.prompt_lengths, 0)[sequence])
-    predictor = np.flatnonzero(is_next_response)
+    predictor = np.flatnonzero((place + 1 < length) & (place + 1 >= np.append(part.prompt_lengths, 0)[sequence]))
     predicted = source[predictor] + 1
     token_of_source = np.repeat(batch.cu_seqlens[row] - part.cu_seqlens[:-1], part.lengths) + np.arange(
         part.cu_seqlens[-1]

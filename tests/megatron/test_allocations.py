@@ -126,13 +126,13 @@ def _pooled_both_ways(folder: Path, layout: ParallelLayout) -> tuple[Tensor, Ten
         fast.append(pooling(micro_batch, states))
         whole = torch.cat(gather_shards(states, groups.tp)) if layout.tp > 1 else states
         for row in range(len(micro_batch.row)):  # decode: the response's states without the last
-            place = micro_batch.position_ids[0]
-            own = torch.zeros(len(place), dtype=torch.bool)
             first, length = int(micro_batch.prompt_lengths[row]), int(micro_batch.lengths[row])
             offset = int(micro_batch.lengths[:row].sum())
             token = micro_batch.source - offset
             own = (token >= first) & (token < length - 1)
-            parts = gather_shards(torch.nn.functional.pad(whole[own].double(), (0, 0, 0, 64 - int(own.sum()))), groups.cp)
+            parts = gather_shards(
+                torch.nn.functional.pad(whole[own].double(), (0, 0, 0, 64 - int(own.sum()))), groups.cp
+            )
             total = sum(part.sum(0) for part in parts)
             naive.append(total / max(length - 1 - first, 1))
         return fast[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -11,6 +12,11 @@ import pytest
 from pydantic import BaseModel
 
 from clipo_megatron import Recipe, load_recipe
+from clipo_megatron.checks.memory import GIB, MemoryEstimate, estimate_memory
+from clipo_megatron.cli.main import main
+from clipo_megatron.weights.architecture import Architecture, read_architecture
+from clipo_megatron.weights.counts import parameter_count
+from clipo_megatron.weights.folder_check import layout_problems
 from examples.quickstart import prepare
 
 EXAMPLES = Path(prepare.__file__).parent.parent
@@ -81,6 +87,46 @@ PUBLISHED = {
         "evaluation.top_p": 0.95,
     },
 }
+# config.json of the models on Hugging Face, and the number of parameters told there.
+QWEN3 = {
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "attention_bias": False,
+}
+CONFIGS: dict[str, dict[str, object]] = {
+    "math_qwen3_32b": QWEN3
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "math_qwen3_30b_a3b": QWEN3
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+}
+NUM_PARAMETERS = {"math_qwen3_32b": 32_762_123_264, "math_qwen3_30b_a3b": 30_532_122_624}
 
 
 def values(recipe: BaseModel, keys: dict[str, object]) -> dict[str, object]:
@@ -111,6 +157,71 @@ def test_a_track_has_the_published_hyperparameters(name):
 def test_a_track_fits_one_node_of_eight_gpus(name):
     recipe = load_recipe(EXAMPLES / name / "recipe.yaml")
     assert recipe.layout.world_size + recipe.rollout.engines * recipe.rollout.tp == 8
+
+
+@pytest.fixture(params=CONFIGS)
+def large(request, tmp_path) -> tuple[str, Recipe, Architecture]:
+    """A recipe for four nodes and its model, which exists as config.json alone."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[request.param]))
+    return request.param, load_recipe(EXAMPLES / request.param / "recipe.yaml"), read_architecture(tmp_path)
+
+
+def _problems(recipe: Recipe, arch: Architecture) -> list[str]:
+    layout = recipe.layout
+    degrees = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "ep", "etp")}
+    return layout_problems(arch, **degrees, rollout_tp=recipe.rollout.tp)
+
+
+def test_a_large_example_divides_its_model_and_fills_half_of_four_nodes_each(large):
+    name, recipe, arch = large
+    assert parameter_count(arch) == NUM_PARAMETERS[name]
+    assert _problems(recipe, arch) == []
+    assert recipe.layout.world_size == recipe.rollout.engines * recipe.rollout.tp == 16
+    assert recipe.layout.tp * recipe.layout.cp <= 8  # on one node
+    assert 8 % recipe.rollout.tp == 0
+    assert recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens <= arch.max_positions
+
+
+def test_a_large_example_trains_as_the_second_track_does(large):
+    of_track = load_recipe(EXAMPLES / "math_qwen2p5_7b" / "recipe.yaml")
+    recipe = large[1]
+    for section in ("algorithm", "contrastive", "optimizer", "data", "evaluation"):
+        assert getattr(recipe, section) == getattr(of_track, section)
+    assert (recipe.run.steps, recipe.rollout.temperature) == (of_track.run.steps, of_track.rollout.temperature)
+
+
+@pytest.mark.parametrize("precision", ["none", "blockwise", "tensorwise"])
+def test_a_large_example_is_estimated_to_fit_in_each_precision(large, precision, tmp_path, capsys):
+    name, _, _ = large
+    recipe = str(EXAMPLES / name / "recipe.yaml")
+    command = ["plan", "memory", recipe, f"precision.recipe={precision}", "--config", str(tmp_path), "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["over"] is False
+
+
+def _cells(estimate: MemoryEstimate) -> list[str]:
+    terms = ("weights", "gradients", "optimizer", "head", "activations", "working", "fixed", "total")
+    return [
+        f"| stage {number} | " + " | ".join(f"{getattr(stage, term) / GIB:.1f}" for term in terms) + " |"
+        for number, stage in enumerate(estimate.stages)
+    ]
+
+
+def test_a_large_example_s_readme_quotes_the_estimate_and_says_that_it_was_not_run(large):
+    name, recipe, arch = large
+    readme = (EXAMPLES / name / "README.md").read_text()
+    for cells in _cells(estimate_memory(recipe, arch)):
+        assert cells in readme
+    for text in ("ESTIMATED", "**Not run.**", "`clipo train` starts Ray on one node only."):
+        assert text in readme
+
+
+def test_the_layout_rules_see_a_large_example_s_wrong_layouts(large):
+    name, _, arch = large
+    wrong = {"math_qwen3_32b": ("layout.tp=16", "layout.ep=2"), "math_qwen3_30b_a3b": ("layout.tp=8", "layout.ep=1")}
+    for override in wrong[name]:
+        recipe = load_recipe(EXAMPLES / name / "recipe.yaml", [override, "layout.pp=1"])
+        assert len(_problems(recipe, arch)) == 1
 
 
 def test_the_quickstart_exercises_tensor_and_sequence_parallelism_in_float32():
