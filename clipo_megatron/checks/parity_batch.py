@@ -13,9 +13,9 @@ from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.records import Floats, Ids, RolloutBatch, Routes
 from clipo_megatron.weights.architecture import Architecture
 
-_TOKENS, _LONGEST, _LEAST_ROWS = 64, 20, 16
-_GROUP_SIZES = (4, 5, 3, 6)
-_SHIFT, _VARIED = 0.3, 0.2
+_TOKENS, _LONGEST, _LEAST_ROWS = 64, 20, 24
+_GROUP_SIZES = (5, 6, 4, 7)
+_SHIFT, _VARIED = 0.3, 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -199,6 +199,7 @@ def report_json(report: ParityReport) -> dict[str, object]:
     return {
         "holds": not past,
         "tolerance": report.tolerance,
+        "tolerance_of_contrastive_loss": report.tolerance_of("contrastive_loss"),
         "errors": errors,
         "past_tolerance": [f"{quantity}: {kind}" for quantity, kind, _ in past],
         "not_measured": [quantity for quantity in _LABELS if quantity not in report.errors],
@@ -236,17 +237,17 @@ def _print_table(report: ParityReport) -> None:
     for quantity, kinds in report.errors.items():
         if quantity == "policy_gradient":
             for kind, error in kinds.items():
-                table.add_row(f"policy gradient: {kind}", _cell(error, report))
+                table.add_row(f"policy gradient: {kind}", _cell(error, quantity, report))
         elif quantity in _BY_KIND:
             worst = max(kinds, key=lambda kind: kinds[kind])
-            table.add_row(f"{_LABELS[quantity]}: worst, {worst}", _cell(kinds[worst], report))
+            table.add_row(f"{_LABELS[quantity]}: worst, {worst}", _cell(kinds[worst], quantity, report))
         else:
-            table.add_row(_LABELS[quantity], _cell(max(kinds.values()), report))
+            table.add_row(_LABELS[quantity], _cell(max(kinds.values()), quantity, report))
     console.print(table)
 
 
-def _cell(error: float, report: ParityReport) -> str:
-    return f"{error:.1e}" if error <= report.tolerance else f"[red]{error:.1e} too large[/red]"
+def _cell(error: float, quantity: str, report: ParityReport) -> str:
+    return f"{error:.1e}" if error <= report.tolerance_of(quantity) else f"[red]{error:.1e} too large[/red]"
 
 
 def _verdict(report: ParityReport) -> int:

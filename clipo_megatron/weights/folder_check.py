@@ -63,12 +63,6 @@ def layout_problems(arch: Architecture, *, tp: int, pp: int, vpp: int, ep: int, 
     if arch.experts is not None:
         problems += _uneven("layout.ep", ep, "number of experts", arch.experts.num_experts)
         problems += _uneven("layout.etp", etp, "moe_intermediate_size", arch.experts.ffn_size)
-        if ep == 1 and etp != tp:
-            # Megatron then takes an expert's gradient for whole on each tp rank, where it is that of the rank's tokens.
-            problems.append(
-                f"layout.etp = {etp}: with layout.ep = 1 Megatron sums experts' gradients wrongly unless etp is layout.tp = "
-                f"{tp}; set layout.etp={tp}, or share the experts out with layout.ep"
-            )
     else:
         problems += _uneven("layout.tp", tp, "intermediate_size", arch.ffn_size)
         problems += [

@@ -43,11 +43,11 @@ class Nats:
 
 @dataclass(frozen=True)
 class Trained:
-    """What some updates on the same batch gave; gradients are those of the last."""
+    """What some steps on the same batch gave; gradients are those of the last."""
 
     losses: list[float]
     logprobs: np.ndarray
-    """Before the first update."""
+    """Of the last scoring."""
     gradients: dict[str, torch.Tensor]
 
 
@@ -101,9 +101,18 @@ def nats_between(found: np.ndarray, wanted: np.ndarray, batch: RolloutBatch) -> 
 
 
 def train(
-    folder: Path, *, device: str, precision: PrecisionSettings = NO_FP8, updates: int = 1, learning_rate: float = 1e-3
+    folder: Path,
+    *,
+    device: str,
+    precision: PrecisionSettings = NO_FP8,
+    steps: int = 1,
+    learning_rate: float = 1e-3,
+    has_fresh_scores: bool = True,
 ) -> Trained:
-    """Score a batch and train on it in bfloat16, one update a step."""
+    """Train on the same batch in bfloat16, one update a step.
+
+    With fresh scores each step starts from a ratio of one, as in a run; without, old log-probs are those of the first.
+    """
     worker = make_worker(
         folder,
         ONE,
@@ -116,10 +125,11 @@ def train(
         optimizer=replace(OPTIMIZER, learning_rate=learning_rate),
     )
     batch = gpu_batch()
-    scores = share_scores(worker.score(batch, step=0, with_reference=False), ONE)
-    ready = scored(batch, scores, noise=0.0)
-    losses = []
-    for step in range(updates):
+    losses: list[float] = []
+    for step in range(steps):
+        if step == 0 or has_fresh_scores:
+            scores = share_scores(worker.score(batch, step=step, with_reference=False), ONE)
+            ready = scored(batch, scores, noise=0.0)
         report = worker.train(ready, step=step)
         assert report is not None
         assert not report.skipped

@@ -216,12 +216,20 @@ def test_a_large_example_s_readme_quotes_the_estimate_and_says_that_it_was_not_r
         assert text in readme
 
 
-def test_the_layout_rules_see_a_large_example_s_wrong_layouts(large):
-    name, _, arch = large
-    wrong = {"math_qwen3_32b": ("layout.tp=16", "layout.ep=2"), "math_qwen3_30b_a3b": ("layout.tp=8", "layout.ep=1")}
-    for override in wrong[name]:
-        recipe = load_recipe(EXAMPLES / name / "recipe.yaml", [override, "layout.pp=1"])
-        assert len(_problems(recipe, arch)) == 1
+WRONG_LAYOUTS = [
+    ("math_qwen3_32b", ["layout.tp=16", "layout.pp=1"], "num_key_value_heads = 8"),
+    ("math_qwen3_32b", ["layout.ep=2"], "has no experts to share out"),
+    ("math_qwen3_30b_a3b", ["layout.tp=8", "layout.pp=1"], "num_key_value_heads = 4"),
+    ("math_qwen3_30b_a3b", ["layout.ep=1"], "unless etp is layout.tp = 4"),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "rule"), WRONG_LAYOUTS)
+def test_other_layouts_of_the_large_models_are_refused(name, overrides, rule, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    recipe = load_recipe(EXAMPLES / name / "recipe.yaml", overrides)
+    (problem,) = _problems(recipe, read_architecture(tmp_path))
+    assert rule in problem
 
 
 def test_the_quickstart_exercises_tensor_and_sequence_parallelism_in_float32():
