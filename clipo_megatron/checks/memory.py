@@ -45,7 +45,7 @@ class RankMemory:
     optimizer: int
     """b P_t / n: b = 12 (float32 masters and two moments; 8 where the parameters are float32 themselves), n = the dp x cp
     ranks, and for experts the (world_size / pp) / (ep etp) ranks with the same ones; n = 1 without the distributed
-    optimizer. With cpu_offload b = 4: Megatron-core 0.16.1 keeps the float32 masters on the GPU as well."""
+    optimizer. With cpu_offload b = 0."""
     head: int
     """Last stage: 16 bytes a parameter of the contrastive head (float32, gradient, two moments); 4 when it is frozen."""
     activations: int
@@ -211,8 +211,9 @@ def _num_fp8_layers(recipe: Recipe, arch: Architecture, stage: int) -> int:
 
 
 def _optimizer_bytes(recipe: Recipe, count: _Parameters) -> int:
-    num_masters = 1 if recipe.model.dtype == "bfloat16" else 0
-    num_moments = 0 if recipe.optimizer.cpu_offload else 2
+    if recipe.optimizer.cpu_offload:
+        return 0
+    num_masters, num_moments = 1 if recipe.model.dtype == "bfloat16" else 0, 2
     return _FLOAT32 * (num_masters + num_moments) * _optimizer_share(recipe, count)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.recipe.sections import LayoutSection
-from clipo_megatron.weights.architecture import read_architecture
+from clipo_megatron.weights.architecture import Architecture, read_architecture
 from clipo_megatron.weights.counts import parameter_count
 from clipo_megatron.weights.folder_check import layout_problems
 from clipo_megatron.weights.hf_folder import HFReader
@@ -60,11 +60,6 @@ def choose_model(
         arch = read_architecture(source)
     except ConfigError as error:
         return None, list(error.problems)
-    problems: list[str] = []
-    if is_shrunk and weights == "real":
-        problems.append(
-            "--weights real: a shrunk model has other shapes than the weights; leave out --shrink or --weights"
-        )
     if weights is None:
         weights = "real" if has_weights(source) and not is_shrunk else "random"
     chunks = layout.pp * layout.vpp
@@ -72,33 +67,35 @@ def choose_model(
         num_layers = -(-_LEAST_LAYERS // chunks) * chunks
         if weights == "real" and num_layers > arch.num_layers >= chunks:
             num_layers = arch.num_layers // chunks * chunks
-    if weights == "real" and num_layers > arch.num_layers:
+    choice = ModelChoice(source=source, num_layers=num_layers, weights=weights, is_shrunk=is_shrunk)
+    problems = _choice_problems(choice, arch, chunks)
+    problems += layout_problems(
+        arch, tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, etp=layout.etp, rollout_tp=1
+    )
+    return (None, problems) if problems else (choice, [])
+
+
+def _choice_problems(choice: ModelChoice, arch: Architecture, chunks: int) -> list[str]:
+    problems: list[str] = []
+    if choice.num_layers % chunks:
         problems.append(
-            f"--layers {num_layers}: the model has {arch.num_layers}, and real weights for no more; use fewer, or "
+            f"--layers {choice.num_layers}: must be a multiple of layout.pp * layout.vpp = {chunks}; use "
+            f"{-(-choice.num_layers // chunks) * chunks}"
+        )
+    if choice.weights == "random":
+        return problems
+    if choice.is_shrunk:
+        problems.append("--weights real: a shrunk model has other shapes than the weights; leave out --shrink or --weights")
+    if choice.num_layers > arch.num_layers:
+        problems.append(
+            f"--layers {choice.num_layers}: the model has {arch.num_layers}, and real weights for no more; use fewer, or "
             "--weights random"
         )
-    if num_layers % chunks:
-        problems.append(
-            f"--layers {num_layers}: must be a multiple of layout.pp * layout.vpp = {layout.pp} * {layout.vpp}; use "
-            f"{-(-num_layers // chunks) * chunks}"
-        )
-    problems += layout_problems(
-        arch,
-        tp=layout.tp,
-        pp=layout.pp,
-        vpp=layout.vpp,
-        ep=layout.ep,
-        etp=layout.etp,
-        rollout_tp=1,
-    )
-    if weights == "real":
-        try:
-            HFReader(source).close()
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        return None, problems
-    return ModelChoice(source=source, num_layers=num_layers, weights=weights, is_shrunk=is_shrunk), []
+    try:
+        HFReader(choice.source).close()
+    except ConfigError as error:
+        problems += error.problems
+    return problems
 
 
 def make_model(folder: Path, choice: ModelChoice, layout: ParallelLayout, *, seed: int) -> Path:

@@ -72,7 +72,7 @@ def test_all_faults_of_a_recipe_are_told_together(recipe, tmp_path):
     )
     for words in (
         ("layout.wold_size", "did you mean 'layout.world_size'"),
-        ("layout.world_size = 8", "tp * pp"),
+        ("layout.world_size = 8", "tp * cp * pp"),
         ("layout.tp = 8", "num_attention_heads = 4"),
         ("layout.tp = 8", "num_key_value_heads = 2"),
         ("layout.pp = 2", "num_hidden_layers = 3"),

@@ -19,7 +19,7 @@ def nccl_group() -> Iterator[None]:
 
 
 @pytest.fixture
-def transformer_engine(nccl_group: None) -> Iterator[None]:
+def fresh_engine(nccl_group: None) -> Iterator[None]:
     """Drops what FP8 keeps between modules: the histories of a policy that is gone are scaled with the next one's."""
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 

@@ -1,96 +1,90 @@
-"""The policy with Transformer Engine's layers on one GPU, bfloat16, against transformers in float32 on the CPU.
+"""The policy with Transformer Engine's layers on one GPU, bfloat16, against transformers in float32.
 
-These tests print their figures. No GPU was at hand when they were written: they have not been run yet.
+The yardstick is what bfloat16 costs transformers itself. These tests print their figures. No GPU was at hand when they
+were written: they have not been run yet, but for their helpers, on a CPU.
 """
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Iterator
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from support.policy_cases import ALGORITHM, CONTRASTIVE, OPTIMIZER, make_batch, scored
-from support.tiny_models import make_tiny_hf
-from transformers import AutoModelForCausalLM
-
-from clipo_megatron.parallel.layout import ParallelLayout
-from clipo_megatron.policy.settings import PolicySettings
-from clipo_megatron.policy.worker import PolicyWorker
-from clipo_megatron.records import RolloutBatch
+from support.gpu_cases import (
+    FAMILIES,
+    cosines_by_kind,
+    gpu_batch,
+    make_folder,
+    nats_between,
+    policy_logprobs,
+    train,
+    transformers_gradients,
+    transformers_logprobs,
+)
+from support.policy_cases import errors_by_kind
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("fresh_engine"),
 ]
-TEMPERATURE = 0.8
+APEX_KERNEL = "fused_weight_gradient_mlp_cuda"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_hf(tmp_path_factory.mktemp("qwen3"), "qwen3", dtype="bfloat16", head_dim=64)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make_folder(tmp_path_factory.mktemp(name), name) for name in FAMILIES}
 
 
-@pytest.fixture
-def worker(folder: Path, tmp_path: Path) -> Iterator[PolicyWorker]:
-    torch.cuda.set_device(0)
-    dist.init_process_group(
-        "nccl",
-        init_method=f"file://{tmp_path / 'store'}",
-        rank=0,
-        world_size=1,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    settings = PolicySettings(
-        model_path=folder,
-        layout=ParallelLayout(world_size=1),
-        dtype="bfloat16",
-        device="cuda",
-        sequence_parallel=False,
-        micro_batch_tokens=64,
-        recompute="none",
-        temperature=TEMPERATURE,
-        algorithm=ALGORITHM,
-        contrastive=CONTRASTIVE,
-        optimizer=OPTIMIZER,
-        seed=3,
-    )
-    yield PolicyWorker(settings, rank=0)
-    dist.destroy_process_group()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logprobs_are_as_near_to_float32_as_those_of_transformers_in_bfloat16(folders, name):
+    folder, batch = folders[name], gpu_batch()
+    want = transformers_logprobs(folder, batch, dtype=torch.float32, device="cuda")
+    theirs = nats_between(transformers_logprobs(folder, batch, dtype=torch.bfloat16, device="cuda"), want, batch)
+    ours = nats_between(policy_logprobs(folder, batch, device="cuda"), want, batch)
+    print(f"{torch.cuda.get_device_name()}, {name}: from float32, nats: policy {ours}, transformers {theirs}")
+    # Both round at much the same places, with other signs: over 400 tokens means of such noise differ by a tenth (on a
+    # CPU 0.85 to 0.95 times theirs). A single token's extreme varies more, and a token sent to another expert most.
+    assert ours.mean < 1.5 * theirs.mean
+    assert ours.largest < 3 * theirs.largest
+    # A wrong rotation, mask or weight moves every token by nats; these random models' logits deviate by 2.
+    assert ours.mean < 0.15
 
 
-def _transformers_logprobs(folder: Path, batch: RolloutBatch) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    columns = np.zeros(len(batch.input_ids), dtype=np.float32)
-    for start, stop, prompt in zip(batch.cu_seqlens, batch.cu_seqlens[1:], batch.prompt_lengths, strict=True):
-        ids = torch.from_numpy(batch.input_ids[start:stop].astype(np.int64))
-        with torch.no_grad():
-            logp = (model(ids[None]).logits[0, prompt - 1 : -1] / TEMPERATURE).log_softmax(-1)
-        columns[start + prompt : stop] = logp.gather(1, ids[prompt:, None])[:, 0].numpy()
-    return columns
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_tied", "llama3_rope"])
+def test_gradients_are_as_near_to_float32_as_those_of_transformers_in_bfloat16(folders, name):
+    folder, batch = folders[name], gpu_batch()
+    want = transformers_gradients(folder, batch, dtype=torch.float32, device="cuda")
+    theirs = transformers_gradients(folder, batch, dtype=torch.bfloat16, device="cuda")
+    ours = train(folder, device="cuda", learning_rate=1e-12).gradients
+    found, yardstick = cosines_by_kind(ours, want), cosines_by_kind(theirs, want)
+    print(f"{torch.cuda.get_device_name()}, {name}: least cosine {min(found.values()):.5f}, theirs {yardstick}")
+    for kind, cosine in found.items():
+        assert 1 - cosine < 2 * (1 - yardstick[kind]) + 1e-3, kind
 
 
-def test_logprobs_are_those_of_transformers_up_to_bfloat16(worker: PolicyWorker, folder: Path) -> None:
-    batch = make_batch()
-    scores = worker.score(batch, step=1, with_reference=False)
-    assert scores is not None
-    difference = np.abs(scores.old_logprobs - _transformers_logprobs(folder, batch))[batch.response_mask]
-    print(f"{torch.cuda.get_device_name()}: |difference| mean {difference.mean():.4f}, max {difference.max():.4f} nats")
-    # bfloat16 keeps 8 bits; the random model's logits are wide, so single tokens are off by tenths of a nat.
-    assert difference.mean() < 0.05
-    assert difference.max() < 1.0
-
-
-def test_an_update_lowers_the_loss_of_the_same_batch(worker: PolicyWorker) -> None:
-    batch = make_batch()
-    scores = worker.score(batch, step=1, with_reference=True)
-    assert scores is not None
-    ready = scored(batch, scores, noise=0.0)
-    reports = [worker.train(ready, step=step) for step in range(1, 6)]
-    losses = [report.metrics["loss"] for report in reports if report is not None]
-    print(f"{torch.cuda.get_device_name()}: policy loss by update {losses}")
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_updates_lower_the_loss_of_the_same_batch(folders, name):
+    losses = train(folders[name], device="cuda", steps=6, has_fresh_scores=False).losses
+    print(f"{torch.cuda.get_device_name()}, {name}: policy loss by update {losses}")
     assert np.isfinite(losses).all()
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_tied", "qwen3_moe"])
+def test_gradients_summed_inside_the_product_are_those_summed_after_it(folders, name, monkeypatch):
+    if importlib.util.find_spec(APEX_KERNEL) is None:
+        pytest.skip(f"no apex: {APEX_KERNEL} is not installed")
+    fused = train(folders[name], device="cuda", learning_rate=1e-12).gradients
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",  # as on a machine without apex
+        lambda module, *more: None if module == APEX_KERNEL else find_spec(module, *more),
+    )
+    apart = train(folders[name], device="cuda", learning_rate=1e-12).gradients
+    # Apart, each micro-batch's product is rounded to bfloat16 before it is added: 2^-9 of an element at most.
+    errors = errors_by_kind(fused, apart)
+    assert max(errors.values()) < 2**-8, errors

@@ -5,6 +5,7 @@ On a CPU the layers are plain torch and FP8 is emulated: the same bounds hold th
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.policy_cases import ALGORITHM, OPTIMIZER, full_gradients, make_batch, make_worker, scored, share_scores
+from support.policy_cases import (
+    ALGORITHM,
+    OPTIMIZER,
+    full_gradients,
+    make_advantages,
+    make_batch,
+    make_worker,
+    scored,
+    share_scores,
+)
 from support.tiny_models import make_tiny_hf
 from transformers import AutoModelForCausalLM
 
@@ -77,7 +87,7 @@ def transformers_logprobs(folder: Path, batch: RolloutBatch, *, dtype: torch.dty
     """float32 [T], one sequence at a time; the softmax is float32 in either dtype."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     columns = np.zeros(len(batch.input_ids), dtype=np.float32)
-    for start, stop, prompt in zip(batch.cu_seqlens, batch.cu_seqlens[1:], batch.prompt_lengths, strict=True):
+    for (start, stop), prompt in zip(itertools.pairwise(batch.cu_seqlens), batch.prompt_lengths, strict=True):
         ids = torch.from_numpy(batch.input_ids[start:stop].astype(np.int64)).to(device)
         with torch.no_grad():
             logp = (model(ids[None]).logits[0, prompt - 1 : -1].float() / TEMPERATURE).log_softmax(-1)
@@ -93,6 +103,22 @@ def policy_logprobs(folder: Path, batch: RolloutBatch, *, device: str) -> np.nda
     scores = worker.score(batch, step=1, with_reference=False)
     assert scores is not None
     return scores.old_logprobs
+
+
+def transformers_gradients(
+    folder: Path, batch: RolloutBatch, *, dtype: torch.dtype, device: str
+) -> dict[str, torch.Tensor]:
+    """Gradient of the policy loss where no ratio has left one: minus the mean of advantage times log-prob."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    model.get_input_embeddings().padding_idx = None  # transformers drops the gradient of the padding token's row
+    advantages, num_tokens = make_advantages(batch), int(batch.response_lengths.sum())
+    for row, (start, stop) in enumerate(itertools.pairwise(batch.cu_seqlens)):
+        prompt = int(batch.prompt_lengths[row])
+        ids = torch.from_numpy(batch.input_ids[start:stop].astype(np.int64)).to(device)
+        logp = (model(ids[None]).logits[0, prompt - 1 : -1].float() / TEMPERATURE).log_softmax(-1)
+        chosen = logp.gather(1, ids[prompt:, None])
+        (-float(advantages[row]) * chosen.sum() / num_tokens).backward()
+    return {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
 
 
 def nats_between(found: np.ndarray, wanted: np.ndarray, batch: RolloutBatch) -> Nats:

@@ -143,7 +143,8 @@ def test_the_reference_policy_and_the_offloaded_optimizer_are_on_the_host():
     assert with_reference.host_bytes == 2 * max(one.weights for one in with_reference.stages)
     trained = max(one.weights for one in offloaded.stages) // 2
     assert offloaded.host_bytes == with_reference.host_bytes + 16 * trained // 2  # dp = 2
-    assert [one.optimizer for one in offloaded.stages] == [one.optimizer // 3 for one in plain.stages]
+    assert not any(one.optimizer for one in offloaded.stages)
+    assert all(one.optimizer for one in plain.stages)
 
 
 def test_experts_are_shared_out_by_their_own_degrees():
