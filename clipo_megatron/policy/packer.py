@@ -64,8 +64,8 @@ class Packer:
             linear_cost=self._linear_cost,
         )
         dp_rank = self._layout.dp_rank(self._rank)
-        # The interleaved schedule sends tensors of one shape only.
-        num_tokens = max(plan.tokens[dp_rank]) if self._layout.vpp > 1 else 0
+        if self._layout.vpp > 1:  # the interleaved schedule sends tensors of one shape only
+            plan = replace(plan, tokens=tuple((max(rank),) * len(rank) for rank in plan.tokens))
         columns = replace(batch, routed_experts=None)  # the largest one, and not packed with the others
         micro_batches = [
             pack(
@@ -76,7 +76,7 @@ class Packer:
                 device=self._device,
                 num_tokens=num_tokens,
             )
-            for rows in plan.rows[dp_rank]
+            for rows, num_tokens in zip(plan.rows[dp_rank], plan.tokens[dp_rank], strict=True)
         ]
         routes = batch.routed_experts if with_routes else None
         if routes is not None and self._experts is not None:

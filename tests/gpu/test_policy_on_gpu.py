@@ -46,7 +46,7 @@ def test_logprobs_are_as_near_to_float32_as_those_of_transformers_in_bfloat16(fo
     ours = nats_between(policy_logprobs(folder, batch, device="cuda"), want, batch)
     print(f"{torch.cuda.get_device_name()}, {name}: from float32, nats: policy {ours}, transformers {theirs}")
     # Both round at much the same places, with other signs: over 400 tokens means of such noise differ by a tenth (on a
-    # CPU 0.85 to 0.95 times theirs). A single token's extreme varies more, and a token sent to another expert most.
+    # CPU 0.79 to 0.89 times theirs). A single token's extreme varies more, and a token sent to another expert most.
     assert ours.mean < 1.5 * theirs.mean
     assert ours.largest < 3 * theirs.largest
     # A wrong rotation, mask or weight moves every token by nats; these random models' logits deviate by 2.
