@@ -77,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
-        "--dense-rows", type=int, default=4096, help="baseline up to this size: [B, B] many times (default: %(default)s)"
+        "--dense-rows",
+        type=int,
+        default=4096,
+        help="baseline up to this size: [B, B] many times (default: %(default)s)",
     )
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 Way = Callable[[], object]
 Number = float | int | str | None
+WIDTH = 120
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +79,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Numbe
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*[_text(value) for value in row])
-    Console(stderr=True).print(table)
+    Console(stderr=True, width=WIDTH).print(table)
 
 
 def _text(value: Number) -> str:

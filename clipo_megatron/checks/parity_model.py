@@ -85,7 +85,9 @@ def _choice_problems(choice: ModelChoice, arch: Architecture, chunks: int) -> li
     if choice.weights == "random":
         return problems
     if choice.is_shrunk:
-        problems.append("--weights real: a shrunk model has other shapes than the weights; leave out --shrink or --weights")
+        problems.append(
+            "--weights real: a shrunk model has other shapes than the weights; leave out --shrink or --weights"
+        )
     if choice.num_layers > arch.num_layers:
         problems.append(
             f"--layers {choice.num_layers}: the model has {arch.num_layers}, and real weights for no more; use fewer, or "

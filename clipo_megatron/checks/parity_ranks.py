@@ -14,7 +14,14 @@ import torch
 import torch.distributed as dist
 
 from clipo_megatron.checks.parity_batch import BatchShape, SyntheticBatch, draw_batch, without_right_rows
-from clipo_megatron.policy.inspection import Distance, Observed, distances, observe_step, observe_weights
+from clipo_megatron.policy.inspection import (
+    Distance,
+    Observed,
+    distances,
+    observe_step,
+    observe_weights,
+    set_head_eps,
+)
 from clipo_megatron.policy.settings import PolicySettings
 from clipo_megatron.weights.architecture import read_architecture
 
@@ -43,6 +50,7 @@ def run_rank(
         ConfigError: the model folder or the layout can't be used.
     """
     worker = PolicyWorker(settings, rank=dist.get_rank())
+    set_head_eps(worker, settings.optimizer.eps)  # the head's own would make steps of rounding noise, as the policy's
     return measure(worker, synthetic_batches(checked, shape), folder, is_reference=is_reference)
 
 

@@ -158,6 +158,13 @@ def head_gradients(worker: PolicyWorker) -> dict[str, Tensor]:
     return {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
 
 
+def set_head_eps(worker: PolicyWorker, eps: float) -> None:
+    """Replace the eps of the head's AdamW, for comparisons of the head after its steps."""
+    if worker._head is not None:
+        for group in worker._head.optimizer.param_groups:
+            group["eps"] = eps
+
+
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """|found - wanted| / |wanted|, Euclidean norms."""
     return _ratio([_distance(found, wanted)])

@@ -52,9 +52,7 @@ def _without_policy_loss(folder: Path, layout: ParallelLayout, batch: RolloutBat
         contrastive=replace(HEAD, policy_gradient_weight=WEIGHT),
     )
     scores = share_scores(worker.score(batch, step=STEP, with_reference=False), layout)
-    ready = batch.with_(
-        old_logprobs=scores.old_logprobs, advantages=np.zeros(batch.num_sequences, dtype=np.float32)
-    )
+    ready = batch.with_(old_logprobs=scores.old_logprobs, advantages=np.zeros(batch.num_sequences, dtype=np.float32))
     worker.train(ready, step=STEP)
     return full_gradients(worker)
 
@@ -114,9 +112,7 @@ def test_without_an_anchor_it_has_no_gradient(folder):
 
 
 def _paper(folder: Path, weight: float) -> dict[str, torch.Tensor]:
-    worker = make_worker(
-        folder, ONE, algorithm=ALONE, contrastive=replace(HEAD, policy_gradient_weight=weight)
-    )
+    worker = make_worker(folder, ONE, algorithm=ALONE, contrastive=replace(HEAD, policy_gradient_weight=weight))
     batch = make_batch()
     scores = worker.score(batch, step=STEP, with_reference=False)
     worker.train(scored(batch, scores), step=STEP)
@@ -130,9 +126,7 @@ def test_it_leaves_the_head_and_its_training_alone(folder):
 
 
 def _other_rows(folder: Path) -> None:
-    worker = make_worker(
-        folder, ONE, algorithm=ALONE, contrastive=replace(HEAD, policy_gradient_weight=WEIGHT)
-    )
+    worker = make_worker(folder, ONE, algorithm=ALONE, contrastive=replace(HEAD, policy_gradient_weight=WEIGHT))
     batch = make_batch()
     scores = worker.score(batch, step=STEP, with_reference=False)
     moved = replace(scored(batch, scores), row_key=batch.row_key + 1)

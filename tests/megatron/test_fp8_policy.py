@@ -91,7 +91,9 @@ def test_scores_and_gradients_stay_within_the_formats_bounds(folders, recipe, fa
     assert 1e-4 < relative_error(found["logprobs"], want["logprobs"]) < 0.2
     assert 1e-4 < relative_error(found["entropy"], want["entropy"]) < 0.1
     cosines = {
-        name: float(torch.nn.functional.cosine_similarity(found["gradients"][name].flatten(), gradient.flatten(), dim=0))
+        name: float(
+            torch.nn.functional.cosine_similarity(found["gradients"][name].flatten(), gradient.flatten(), dim=0)
+        )
         for name, gradient in want["gradients"].items()
         if gradient.any()
     }

@@ -42,7 +42,9 @@ def test_a_sound_recipe_has_none(problems_of: Problems, family: str) -> None:
 
 
 def test_expert_keys_of_a_dense_model_are_faults(problems_of: Problems) -> None:
-    found = problems_of("qwen3", experts={"routing_replay": False, "freeze_router": True}, layout={"ep": 2, "world_size": 2})
+    found = problems_of(
+        "qwen3", experts={"routing_replay": False, "freeze_router": True}, layout={"ep": 2, "world_size": 2}
+    )
     assert sorted(problem.split(":")[0] for problem in found) == [
         "experts.freeze_router = True",
         "experts.routing_replay = False",
