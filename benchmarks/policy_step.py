@@ -68,7 +68,8 @@ class Report:
     train_tflops: float
     """Of the whole step: layers and output layer."""
     kept: float
-    """train_tflops / raw_tflops"""
+    """Seconds that the step's work takes at the raw layers' speed / train_s. The output layer, which is never FP8, counts
+    with the speed of the first precision."""
     contrastive_share: float
     """contrastive_s / (score_s + train_s)"""
     speedup: float
@@ -87,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recompute", choices=["none", "selective", "full"], default="none", help="default: %(default)s"
     )
-    parser.add_argument("--layers", type=int, help="transformer layers (default: 6 on a GPU, else 2)")
+    parser.add_argument("--layers", type=int, help="transformer layers (default: 6 on a GPU, else 4)")
     parser.add_argument("--micro-batches", type=int, help="of an optimizer step (default: 8 on a GPU, else 2)")
     parser.add_argument("--repeats", type=int, default=5, help="the median counts (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
@@ -134,6 +135,7 @@ def measure(settings: PolicySettings, shape: StepShape, args: argparse.Namespace
     tokens, train_s = shape.num_rows * shape.sequence_tokens, seconds["train"]
     raw_tflops = 3 * flops.layers / seconds["raw_train"] / 1e12
     train_tflops = 3 * (flops.layers + flops.output) / train_s / 1e12
+    output_tflops = first[0].raw_tflops if first else raw_tflops
     name = settings.dtype if recipe == "none" else recipe
     return Report(
         part="step",
@@ -145,7 +147,7 @@ def measure(settings: PolicySettings, shape: StepShape, args: argparse.Namespace
         train_tokens_per_s=tokens / train_s,
         raw_tflops=raw_tflops,
         train_tflops=train_tflops,
-        kept=train_tflops / raw_tflops,
+        kept=(seconds["raw_train"] + 3 * flops.output / (output_tflops * 1e12)) / train_s,
         contrastive_share=seconds["contrastive"] / (seconds["score"] + train_s),
         speedup=(first[0].train_s if first else train_s) / train_s,
         peak_gib=peak_gib,

@@ -49,12 +49,12 @@ class StepShape:
         return self.micro_batches * self.micro_batch_tokens // self.sequence_tokens
 
 
-# A layer of the GPU shape is one of Qwen3-8B.
+# A layer of the GPU shape is one of Qwen3-8B; as there, the output layer has 6 to 9 % of the work.
 CPU_SHAPE = StepShape(
-    num_layers=2,
+    num_layers=4,
     hidden_size=512,
     ffn_size=1536,
-    vocab_size=8192,
+    vocab_size=2048,
     sequence_tokens=256,
     micro_batch_tokens=1024,
     micro_batches=2,

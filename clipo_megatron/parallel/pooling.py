@@ -1,6 +1,6 @@
 """Mean of hidden states per sequence, where each rank holds a part of the packed tokens.
 
-Letters: T tokens of this rank, H hidden, S sequences of the micro-batch.
+Letters: T tokens of this rank, R pooled ones, H hidden, S sequences of the micro-batch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.parallel.collectives import reduce_sum
+
+_COLUMNS = 128
 
 
 @torch.no_grad()
@@ -30,9 +32,15 @@ def pool_segments(h_TH: Tensor, segment_T: Tensor, *, num_segments: int, group: 
     """
     is_pooled_T = segment_T >= 0
     count_S = torch.bincount(segment_T[is_pooled_T], minlength=num_segments)
-    # Not index_add_: on a GPU it adds in no fixed order.
-    sum_SH = torch.segment_reduce(h_TH[is_pooled_T].float(), "sum", lengths=count_S, axis=0, initial=0.0)
-    sums_SX = torch.cat([sum_SH, count_S[:, None].float()], dim=1)  # sums and counts in one message
+    sums_SX = h_TH.new_empty(num_segments, h_TH.shape[1] + 1, dtype=torch.float32)  # sums and counts in one message
+    sums_SX[:, -1] = count_S
+    pooled_R = is_pooled_T.nonzero().squeeze(1)
+    # By columns, so that the float32 copy of the states stays small (and, on a CPU, in its cache).
+    for first in range(0, h_TH.shape[1], _COLUMNS):
+        columns = slice(first, min(first + _COLUMNS, h_TH.shape[1]))
+        h_RX = h_TH[:, columns].index_select(0, pooled_R).float()
+        # Not index_add_: on a GPU it adds in no fixed order.
+        sums_SX[:, columns] = torch.segment_reduce(h_RX, "sum", lengths=count_S, axis=0, initial=0.0)
     if group is not None:
         reduce_sum(sums_SX, group)
     return sums_SX[:, :-1] / sums_SX[:, -1:].clamp(min=1.0)

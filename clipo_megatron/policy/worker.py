@@ -20,6 +20,7 @@ from clipo_megatron.errors import CheckError
 from clipo_megatron.parallel.collectives import reduce_sum
 from clipo_megatron.parallel.linear_logprob import linear_logprob
 from clipo_megatron.policy import state as training_state
+from clipo_megatron.policy.attention_path import AttentionWatch
 from clipo_megatron.policy.build import build_stage
 from clipo_megatron.policy.contrast import ContrastiveHead
 from clipo_megatron.policy.cpu import check_version, cuda_means_cpu
@@ -73,6 +74,7 @@ class PolicyWorker:
         )
         self._architecture = read_architecture(settings.model_path)
         self._is_split = is_sequence_split(settings)
+        self._watch_attention = AttentionWatch(self._device)
         self._packer = Packer(settings, self._architecture, rank=rank, device=self._device)
         with self._scope():
             if device == "cpu":
@@ -132,6 +134,7 @@ class PolicyWorker:
         """
         micro_batches, _ = self._packer(batch, with_routes=True)
         scores, pooled = self._forward(batch, micro_batches, pooling=self._pooling)
+        self._watch_attention("score")
         policy_metrics = self._route_agreement()
         reference = self._reference_logprobs(batch) if with_reference else None
         loss_B, is_anchor_B = torch.zeros(batch.num_sequences), torch.zeros(batch.num_sequences, dtype=torch.bool)
@@ -180,6 +183,7 @@ class PolicyWorker:
             metrics |= {"padding_share": plan.padding_share, "imbalance": plan.imbalance}
             updates.append((updated, metrics))
         self._route_agreement()
+        self._watch_attention("train")
         if not self.reports:
             return None
         report = summarize(updates)
