@@ -220,7 +220,7 @@ WRONG_LAYOUTS = [
     ("math_qwen3_32b", ["layout.tp=16", "layout.pp=1"], "num_key_value_heads = 8"),
     ("math_qwen3_32b", ["layout.ep=2"], "has no experts to share out"),
     ("math_qwen3_30b_a3b", ["layout.tp=8", "layout.pp=1"], "num_key_value_heads = 4"),
-    ("math_qwen3_30b_a3b", ["layout.ep=1"], "unless etp is layout.tp = 4"),
+    ("math_qwen3_30b_a3b", ["layout.vpp=5"], "num_hidden_layers = 48"),
 ]
 
 
