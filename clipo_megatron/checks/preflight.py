@@ -131,7 +131,7 @@ def expert_problems(recipe: Recipe) -> list[str]:
         return []  # told with the model folder's faults
     if not has_experts:
         return [
-            f"experts.{key} = {value}: has an effect on mixture-of-experts models only, and this one is dense; remove it"
+            f"experts.{key} = {str(value).lower()}: has an effect on mixture-of-experts models only, and this one is dense; remove it"
             for key, value in recipe.experts.model_dump().items()
             if value != getattr(ExpertsSection(), key)
         ]

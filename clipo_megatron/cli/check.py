@@ -9,6 +9,7 @@ import argparse
 import difflib
 import json
 import math
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +41,7 @@ _LABELS = {
 _BY_KIND = ("policy_gradient", "parameters")
 _NAMED = 5
 _WIDTH = 120
+_TERMINATED = 128 + signal.SIGTERM
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -79,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: all faults of the recipe, the layout, the model folder and the options.
     """
+    # Without it the signal ends the process at once: models in temporary folders would stay behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     degrees, problems = parse_layout(args.layout)
     problems += _option_problems(args)
     recipe, recipe_problems = read_recipe(args.recipe, [*args.overrides, *_layout_overrides(degrees)])
@@ -210,6 +214,7 @@ def report_json(report: ParityReport) -> dict[str, object]:
         "shrunk": model.is_shrunk,
         "device": settings.device,
         "dtype": settings.dtype,
+        "precision": settings.precision.recipe,
         "batch": asdict(report.shape) | {"steps": 2},
     }
 
@@ -227,7 +232,8 @@ def _print_table(report: ParityReport) -> None:
     lines = [
         f"model    {model.source}: {model.num_layers} layers, {model.weights} weights"
         + (", shrunk to a small model of its family" if model.is_shrunk else ""),
-        f"layout   {layout}, {settings.layout.world_size} ranks, against one rank; {settings.device}, {settings.dtype}",
+        f"layout   {layout}, {settings.layout.world_size} ranks, against one rank; {settings.device}, {settings.dtype}, "
+        "no FP8 whatever the recipe says",
         f"batch    2 steps of {shape.num_rows} sequences of up to {shape.longest} tokens, in micro-batches of up to "
         f"{shape.micro_batch_tokens}",
     ]

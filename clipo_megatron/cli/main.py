@@ -20,7 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (train, evaluate, data, plan, check):
         command.add_parser(commands)
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    # argparse takes a list of key=value only in one piece; users append them after options as well.
+    if "overrides" in parsed and all("=" in argument and not argument.startswith("-") for argument in unknown):
+        parsed.overrides = [*parsed.overrides, *unknown]
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return parsed.run(parsed)
     except ConfigError as error:

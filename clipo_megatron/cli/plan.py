@@ -19,6 +19,7 @@ from clipo_megatron.weights.architecture import CONFIG_FILE, Architecture, read_
 from clipo_megatron.weights.folder_check import layout_problems
 
 _WARN_SHARE = 0.9
+_WIDTH = 120
 _TERMS = tuple(field.name for field in dataclasses.fields(RankMemory))
 
 
@@ -109,7 +110,9 @@ def _as_json(estimate: MemoryEstimate, gpu_gib: float) -> dict[str, object]:
 
 
 def _print(estimate: MemoryEstimate, recipe: Recipe, gpu_gib: float) -> None:
-    layout, console = recipe.layout, Console(soft_wrap=True, highlight=False)
+    layout = recipe.layout
+    # A narrow terminal, or a pipe, must not cut the names.
+    console = Console(width=max(Console().width, _WIDTH), soft_wrap=True, highlight=False)
     degrees = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp")} | {"dp": recipe.dp}
     table = Table(
         title=f"ESTIMATE, not measured: GiB on a GPU of each pipeline stage ({layout.world_size} ranks, "

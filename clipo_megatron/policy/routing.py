@@ -191,6 +191,14 @@ def micro_batch_routes(
     source = micro_batch.source.chunk(num_shards)[shard].cpu().numpy()
     routes = column[micro_batch.token_of_source[source]]  # padding's -1 takes some token; overwritten next
     routes[source < 0] = -1
+    is_known = routes >= 0
+    ordered = np.sort(routes, axis=-1)
+    is_twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if (is_known.any(-1) != is_known.all(-1)).any() or is_twice.any():
+        raise CheckError(
+            "routed experts of a micro-batch: a token has some experts only, or one twice; the engine must give each token "
+            "as many different experts as the model chooses, or none"
+        )
     if routes.size and not -1 <= routes.min() <= routes.max() < num_experts:
         raise CheckError(
             f"routed experts of a micro-batch are in [{routes.min()}, {routes.max()}], but the policy has {num_experts} "

@@ -44,7 +44,7 @@ def _experts(recipe: Recipe) -> Iterator[str]:
     # Every stage deals its own ranks out to the experts, so their degrees may divide any of tp, cp and dp.
     if _has_whole_replicas(layout) and (layout.world_size // layout.pp) % (layout.ep * layout.etp):
         yield (
-            f"layout.ep = {layout.ep}: ep * etp = {layout.ep} * {layout.etp} = {layout.ep * layout.etp} must divide the "
+            f"layout.ep = {layout.ep}, layout.etp = {layout.etp}: ep * etp = {layout.ep} * {layout.etp} = {layout.ep * layout.etp} must divide the "
             f"world_size / pp = {layout.world_size} / {layout.pp} = {layout.world_size // layout.pp} ranks of a stage; "
             "lower layout.ep or layout.etp"
         )

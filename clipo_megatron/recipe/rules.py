@@ -60,15 +60,31 @@ def _contrastive(recipe: Recipe) -> Iterator[str]:
             f"contrastive.warmup_steps = {section.warmup_steps}: the policy would never learn in run.steps = "
             f"{recipe.run.steps} steps"
         )
-    if section.head_frozen and section.warmup_steps:
+
+
+def _frozen_head(recipe: Recipe) -> Iterator[str]:
+    section = recipe.contrastive
+    if not (section.enabled and section.head_frozen):
+        return
+    if section.head_learning_rate != type(section).model_fields["head_learning_rate"].default:
+        yield (
+            f"contrastive.head_learning_rate = {section.head_learning_rate}: has no effect on a frozen head; remove it, or "
+            "set contrastive.head_frozen=false"
+        )
+    if section.warmup_steps:
         yield f"contrastive.warmup_steps = {section.warmup_steps}: a frozen head learns nothing in them; set it to 0"
 
 
 def _contrastive_gradient(recipe: Recipe) -> Iterator[str]:
     section, updates = recipe.contrastive, recipe.algorithm.updates_per_step
-    if not section.enabled:
-        return
     weight = section.policy_gradient_weight
+    if not section.enabled:
+        if section.gradient == "policy" or weight:
+            yield (
+                f"contrastive.gradient = {section.gradient}, contrastive.policy_gradient_weight = {weight}: have no effect "
+                "with contrastive.enabled = false; remove them, or set it to true"
+            )
+        return
     if section.gradient == "head_only":
         if weight:
             yield (
@@ -140,4 +156,4 @@ def _gate(recipe: Recipe) -> Iterator[str]:
         )
 
 
-_RULES = (_batch, _contrastive, _contrastive_gradient, _precision, _offload, _gate)
+_RULES = (_batch, _contrastive, _frozen_head, _contrastive_gradient, _precision, _offload, _gate)

@@ -64,7 +64,7 @@ class PrecisionSection(Section):
     blockwise (128 x 128 weights, 1 x 128 the rest). Transformer Engine on a GPU, emulated in float on a CPU."""
     first_last_layers_bf16: bool = False
     """Leave the first and the last layer unquantised. Not with delayed."""
-    amax_history: Positive = 1024
+    amax_history: Annotated[int, Field(ge=1, le=16384)] = 1024
     """Steps of maxima that a scale is taken from. Delayed only."""
 
 
@@ -89,8 +89,8 @@ class RolloutSection(Section):
     """Tensor parallel degree of one engine."""
     max_response_tokens: Positive = 2048
     """A response that reaches this length is cut and counted as truncated."""
-    temperature: PositiveFloat = 1.0
-    """Used by sampling and by the trainer's log-probs alike."""
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    """Used by sampling and by the trainer's log-probs alike. vLLM raises smaller ones to 0.01."""
     max_num_seqs: Positive = 256
     """Requests that one engine runs at the same time."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
@@ -144,7 +144,7 @@ class ContrastiveSection(Section):
     """Candidate sets. group: both inside the prompt's group; batch: both over all rows; cross: positives inside the
     group, negatives over all rows."""
     similarity: Literal["cosine", "negative_cosine", "l2"] = "cosine"
-    temperature: PositiveFloat = 0.05
+    temperature: Annotated[float, Field(ge=1e-3)] = 0.05
     reward_weight: NotNegativeFloat = 0.2
     """Lambda: the reward is max(constant_reward - lambda * loss, reward_floor)."""
     reward_floor: float = -0.5

@@ -1,9 +1,12 @@
 """`clipo check parity` as a user runs it: real ranks of this machine, and its exit codes."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import yaml
 from support.tiny_models import make_tiny_hf
@@ -120,3 +123,29 @@ def test_a_layout_that_the_model_cannot_have_ends_with_2(write_recipe):
     assert done.returncode == 2
     for words in ("num_attention_heads = 4", "num_hidden_layers = 4", "no experts to share out"):
         assert words in done.stderr, f"{words}\n{done.stderr}"
+
+
+def test_terminated_it_leaves_neither_files_nor_ranks_behind(write_recipe, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clipo_megatron.cli", "check", "parity", str(write_recipe("qwen3")), "--layout", "tp=2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    for line in process.stderr:
+        if "2 ranks" in line:
+            break
+    assert list(tmp_path.iterdir()), "the run must have begun to write"
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
+    assert not list(tmp_path.iterdir())
+
+
+def test_overrides_may_stand_after_the_options(write_recipe):
+    done = _check(write_recipe("qwen3"), "--layout", "tp=2", "layout.recompute=fool", "layout.no_such_key=1")
+    assert done.returncode == 2
+    assert "layout.recompute" in done.stderr
+    assert "no_such_key" in done.stderr

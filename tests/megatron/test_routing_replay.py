@@ -251,18 +251,24 @@ def test_the_replays_stay_out_of_megatrons_registry():
 @pytest.mark.parametrize(("cp", "tp"), [(1, 1), (1, 4), (2, 2)])
 def test_each_packed_token_gets_its_routes_and_padding_gets_none(cp: int, tp: int):
     batch = make_batch()
-    column = np.arange(len(batch.input_ids), dtype=np.int16)[:, None, None] * np.ones((2, 3), np.int16)
+    # Token t goes to experts 3 t, 3 t + 1 and 3 t + 2 in both layers.
+    column = 3 * np.arange(len(batch.input_ids), dtype=np.int16)[:, None, None] + np.tile(
+        np.arange(3, dtype=np.int16), (2, 1)
+    )
     rows = (5, 0, 11, 7)
     padding = Padding(sequence_multiple=2 * cp, batch_multiple=8 * cp * tp, cp=cp)
     seen: list[int] = []
     for cp_rank in range(cp):
         part = pack(batch, rows, padding=padding, cp_rank=cp_rank, device=torch.device("cpu"))
         routes = [
-            micro_batch_routes(column, part, num_experts=len(column), shard=shard, num_shards=tp) for shard in range(tp)
+            micro_batch_routes(column, part, num_experts=3 * len(column), shard=shard, num_shards=tp)
+            for shard in range(tp)
         ]
         assert {len(shard) for shard in routes} == {part.input_ids.shape[1] // tp}
-        tokens = torch.cat(routes)[:, 0, 0].tolist()
-        assert torch.equal(torch.cat(routes), torch.tensor(tokens).short()[:, None, None].expand(-1, 2, 3))
+        found = torch.cat(routes)
+        tokens = (found[:, 0, 0] // 3).tolist()
+        wanted = [[[3 * token, 3 * token + 1, 3 * token + 2] if token >= 0 else [-1] * 3] * 2 for token in tokens]
+        assert found.tolist() == wanted
         for token, input_id in zip(tokens, part.input_ids[0].tolist(), strict=True):
             assert token == -1 or batch.input_ids[token] == input_id
         seen += [token for token in tokens if token >= 0]
@@ -272,7 +278,17 @@ def test_each_packed_token_gets_its_routes_and_padding_gets_none(cp: int, tp: in
 
 def test_an_expert_that_the_policy_does_not_have_is_refused():
     batch = make_batch()
-    column = np.full((len(batch.input_ids), 2, 3), 8, np.int16)
+    column = np.tile(np.arange(6, 9, dtype=np.int16), (len(batch.input_ids), 2, 1))
     part = pack(batch, (0,), padding=Padding(), cp_rank=0, device=torch.device("cpu"))
-    with pytest.raises(CheckError, match=r"in \[8, 8\], but the policy has 8 experts"):
+    with pytest.raises(CheckError, match=r"in \[6, 8\], but the policy has 8 experts"):
+        micro_batch_routes(column, part, num_experts=8, shard=0, num_shards=1)
+
+
+@pytest.mark.parametrize("row", [[3, -1, 4], [3, 3, 4]], ids=["some_only", "one_twice"])
+def test_routes_that_no_router_can_take_are_refused(row: list[int]):
+    batch = make_batch()
+    column = np.tile(np.arange(3, dtype=np.int16), (len(batch.input_ids), 2, 1))
+    column[int(batch.cu_seqlens[0]), 1] = row
+    part = pack(batch, (0,), padding=Padding(), cp_rank=0, device=torch.device("cpu"))
+    with pytest.raises(CheckError, match="some experts only, or one twice"):
         micro_batch_routes(column, part, num_experts=8, shard=0, num_shards=1)

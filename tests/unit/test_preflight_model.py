@@ -46,8 +46,8 @@ def test_expert_keys_of_a_dense_model_are_faults(problems_of: Problems) -> None:
         "qwen3", experts={"routing_replay": False, "freeze_router": True}, layout={"ep": 2, "world_size": 2}
     )
     assert sorted(problem.split(":")[0] for problem in found) == [
-        "experts.freeze_router = True",
-        "experts.routing_replay = False",
+        "experts.freeze_router = true",
+        "experts.routing_replay = false",
         "layout.ep = 2",
     ]
 

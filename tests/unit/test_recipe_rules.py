@@ -45,12 +45,12 @@ CASES: list[tuple[Values, str, Values]] = [
     ({"layout.vpp": 2}, "layout.vpp = 2: ", {"layout.pp": 2, "layout.world_size": 2}),
     (
         {"layout.world_size": 4, "layout.ep": 3},
-        "layout.ep = 3: ep * etp = 3 * 1 = 3 must divide the world_size / pp = 4 / 1 = 4 ranks of a stage",
+        "layout.ep = 3, layout.etp = 1: ep * etp = 3 * 1 = 3 must divide the world_size / pp = 4 / 1 = 4 ranks of a stage",
         {"layout.ep": 4},
     ),
     (
         {"layout.world_size": 8, "layout.pp": 2, "layout.ep": 4, "layout.etp": 2},
-        "layout.ep = 4: ep * etp = 4 * 2 = 8 must divide the world_size / pp = 8 / 2 = 4",
+        "layout.ep = 4, layout.etp = 2: ep * etp = 4 * 2 = 8 must divide the world_size / pp = 8 / 2 = 4",
         {"layout.etp": 1},
     ),
     (
@@ -141,6 +141,16 @@ CASES: list[tuple[Values, str, Values]] = [
         },
         "algorithm.updates_per_step = 2: with contrastive.gradient = policy",
         {"algorithm.updates_per_step": 1},
+    ),
+    (
+        {"contrastive.enabled": False, "contrastive.gradient": "policy"},
+        "contrastive.gradient = policy, contrastive.policy_gradient_weight = 0.0: have no effect",
+        {"contrastive.gradient": "head_only"},
+    ),
+    (
+        {"contrastive.head_frozen": True, "contrastive.head_learning_rate": 0.5},
+        "contrastive.head_learning_rate = 0.5: has no effect on a frozen head",
+        {"contrastive.head_learning_rate": 1e-3},
     ),
     # precision
     (
@@ -236,7 +246,7 @@ def test_the_faults_of_all_rules_are_told_together():
         {"layout.world_size": 8, "layout.tp": 4, "layout.cp": 2, "layout.ep": 2, "layout.etp": 4},
         {"layout.sequence_parallel": False},
         {"layout.overlap_grad_reduce": False, "layout.distributed_optimizer": False},
-        {"contrastive.enabled": False, "contrastive.gradient": "policy", "algorithm.updates_per_step": 2},
+        {"contrastive.enabled": False, "algorithm.updates_per_step": 2},
         {"precision.recipe": "delayed", "precision.amax_history": 1},
         {"precision.recipe": "blockwise", "precision.first_last_layers_bf16": True, "run.device": "cpu"},
         {"model.dtype": "float32"},
