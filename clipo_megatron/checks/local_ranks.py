@@ -114,8 +114,10 @@ def _obituary(dead: Sequence[int], processes: Sequence[BaseProcess], folder: Pat
     for other, process in enumerate(processes):
         process.join(_LAST_WORDS_S)
         of_rank = _read_log(folder, other)
-        start = next((number + 1 for number, line in enumerate(of_rank) if line.startswith(_LATE)), len(of_rank))
-        told += [f"rank {other}:", *of_rank[start : start + _SHOWN_CALLS]]
+        # One that lost its connection to a late rank just before its own deadline has a traceback in place of its calls.
+        start = next((number + 1 for number, line in enumerate(of_rank) if line.startswith(_LATE)), None)
+        calls = of_rank[-_SHOWN_LINES:] if start is None else of_rank[start : start + _SHOWN_CALLS]
+        told += [f"rank {other}:", *calls]
     return "\n".join(told)
 
 

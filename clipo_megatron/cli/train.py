@@ -84,6 +84,7 @@ def _load_data(recipe: Recipe) -> tuple[PromptSet, PromptSet | None]:
 def _train(recipe: Recipe, train: PromptSet, evaluation: PromptSet | None) -> int:
     import torch
 
+    from clipo_megatron.checkpoint.training import find_resume, list_checkpoints
     from clipo_megatron.cluster.session import place, ray_session
     from clipo_megatron.controller.loop import TrainingLoop, run_folder
     from clipo_megatron.rewards.pool import Verifiers
@@ -99,6 +100,9 @@ def _train(recipe: Recipe, train: PromptSet, evaluation: PromptSet | None) -> in
         highlight=False,
         soft_wrap=True,
     )
+    if checkpoints := list_checkpoints(folder / "checkpoints"):
+        console.print(f"checking all files of {checkpoints[-1]} before going on from it", soft_wrap=True)
+    resume = find_resume(folder / "checkpoints")
     with (
         lock,
         Verifiers(recipe.rewards.workers, recipe.rewards.timeout_s, recipe.rewards.max_answer_chars) as verifiers,
@@ -119,6 +123,7 @@ def _train(recipe: Recipe, train: PromptSet, evaluation: PromptSet | None) -> in
                 verifiers=verifiers,
                 train=train,
                 evaluation=evaluation,
+                resume=resume,
                 on_row=on_row,
                 should_stop=should_stop,
             ).run()

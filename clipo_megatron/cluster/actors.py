@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 
+from clipo_megatron.checkpoint.checksum import written_checksums
 from clipo_megatron.cluster.worker_log import LoggedWorker, WorkerFailure
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport, WeightBucket
 
@@ -107,9 +108,9 @@ class PolicyActor(LoggedWorker):
         return self._worker.train(batch, step=step)
 
     @reports_failure
-    def save(self, folder: str) -> None:
-        """See `PolicyWorker.save`."""
-        self._worker.save(Path(folder))
+    def save(self, folder: str) -> dict[str, str]:
+        """See `PolicyWorker.save`; returns the checksums of the files written."""
+        return written_checksums(self._worker.save(Path(folder)))
 
     @reports_failure
     def load(self, folder: str) -> None:

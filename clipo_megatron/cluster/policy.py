@@ -62,9 +62,10 @@ class RayPolicy:
         ref = ray.put(batch)
         return self._one_result(self._all("train", lambda actor: actor.train.remote(ref, step)))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> dict[str, str]:
         """See `controller.Policy`."""
-        self._all("save", lambda actor: actor.save.remote(str(folder.resolve())))
+        shares = self._all("save", lambda actor: actor.save.remote(str(folder.resolve())))
+        return {name: checksum for share in shares for name, checksum in share.items()}
 
     def load(self, folder: Path) -> None:
         """See `controller.Policy`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clipo_megatron.checkpoint.training import Progress, list_checkpoints, read_manifest, save_checkpoint
+from clipo_megatron.checkpoint.training import Progress, Resume, list_checkpoints, save_checkpoint
 from clipo_megatron.controller.clock import PhaseClock
 from clipo_megatron.controller.evaluate import evaluate
 from clipo_megatron.controller.metrics import MetricsWriter
@@ -47,6 +47,7 @@ class TrainingLoop:
         verifiers: Verifiers,
         train: PromptSet,
         evaluation: PromptSet | None,
+        resume: Resume | None,
         on_row: Callable[[dict[str, float]], None],
         should_stop: Callable[[], bool],
     ) -> None:
@@ -56,6 +57,7 @@ class TrainingLoop:
         self._verifiers = verifiers
         self._train = train
         self._evaluation = evaluation
+        self._resume = resume
         self._on_row = on_row
         self._should_stop = should_stop
         self._folder = run_folder(recipe)
@@ -137,13 +139,11 @@ class TrainingLoop:
 
     def _restore(self) -> tuple[Progress, bool]:
         """Progress to go on from, and whether a checkpoint was loaded."""
-        checkpoints = list_checkpoints(self._folder / "checkpoints")
-        if not checkpoints:
+        if self._resume is None:
             return Progress(), False
-        manifest = read_manifest(checkpoints[-1])
-        self._policy.load(checkpoints[-1])
-        logger.info("resumed from %s, step %d", checkpoints[-1], manifest.progress.step)
-        return manifest.progress, True
+        self._policy.load(self._resume.checkpoint)
+        logger.info("resumed from %s, step %d", self._resume.checkpoint, self._resume.progress.step)
+        return self._resume.progress, True
 
     def _save(self, progress: Progress) -> None:
         with self._clock.phase("save"):

@@ -20,8 +20,8 @@ class Policy(Protocol):
         """The optimizer steps of one training step."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Every rank writes its share of the training state into `folder`."""
+    def save(self, folder: Path) -> dict[str, str]:
+        """Every rank writes its share of the training state into `folder`; returns `file_checksum` of each file name."""
         ...
 
     def load(self, folder: Path) -> None:

@@ -59,12 +59,15 @@ def restore_optimizer(
         optimizer._sync_hdo_state_to_sub_optimizers()
 
 
-def write_state(folder: Path, rank: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Plain]) -> None:
-    """Write this rank's files into `folder`, which exists. Tensors are copied to the host first."""
+def write_state(
+    folder: Path, rank: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Plain]
+) -> tuple[Path, Path]:
+    """Write this rank's files into `folder`, which exists. Tensors are copied to the host first. Returns the files."""
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     tensor_file, plain_file = _files(folder, rank)
     save_file(copies, tensor_file)
     plain_file.write_text(json.dumps(plain, indent=1, sort_keys=True))
+    return tensor_file, plain_file
 
 
 def read_state(folder: Path, rank: int, *, identity: Mapping[str, Plain]) -> tuple[dict[str, Tensor], dict[str, Any]]:

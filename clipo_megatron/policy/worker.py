@@ -203,10 +203,13 @@ class PolicyWorker:
         """
         return stage_hf_tensors(self._stage, self._architecture, self._layout, self._groups, rank=self._rank)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> tuple[Path, ...]:
         """Write this rank's share of the training state into `folder`, which exists.
 
         Parameters, float32 masters, moments, step counts, the generator's state, the head and its optimizer.
+
+        Returns:
+            The files written.
         """
         optimizers = self._optimizers()
         plain: dict[str, training_state.Plain] = {
@@ -218,7 +221,7 @@ class PolicyWorker:
         tensors = self._state_tensors() | {"random.cpu": torch.get_rng_state()}
         if self._device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        training_state.write_state(folder, self._rank, tensors, plain)
+        return training_state.write_state(folder, self._rank, tensors, plain)
 
     @_on_device
     @torch.no_grad()

@@ -81,6 +81,11 @@ class HFReader:
         """Number format of a tensor, from its file's header: torch's name without the prefix."""
         return self._header_of(name).dtype
 
+    def stored(self, name: str) -> tuple[Path, StoredTensor]:
+        """The file that holds a tensor, and what its header says of it."""
+        header = self._header_of(name)
+        return self.folder / self._file_of[name], header
+
     def slice(self, name: str, *, dim: int, start: int, stop: int) -> Tensor:
         """Entries [start, stop) along `dim`, 0 or 1, of a tensor: only they are read. A copy, on the CPU."""
         stored = self._handle(name).get_slice(name)

@@ -23,6 +23,9 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """Torch's name without the prefix for floating point, else the file format's: "I8", "F8_E4M3"."""
+    start: int
+    """Where its bytes begin, counted from the beginning of the file."""
+    num_bytes: int
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -49,7 +52,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         entries = cast("dict[str, Mapping[str, object]]", json.loads(raw))
         entries.pop("__metadata__", None)
-        tensors = {name: _stored(entry) for name, entry in entries.items()}
+        tensors = {name: _stored(entry, _LENGTH_BYTES + header_bytes) for name, entry in entries.items()}
         end = max((cast("list[int]", entry["data_offsets"])[1] for entry in entries.values()), default=0)
         wrong = [name for name, entry in entries.items() if not _spans_its_shape(entry)]
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
@@ -63,10 +66,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _stored(entry: Mapping[str, object]) -> StoredTensor:
+def _stored(entry: Mapping[str, object], header_end: int) -> StoredTensor:
+    start, stop = cast("list[int]", entry["data_offsets"])
     dtype = str(entry["dtype"])
     shape = tuple(int(length) for length in cast("list[int]", entry["shape"]))
-    return StoredTensor(shape=shape, dtype=_TORCH_NAMES.get(dtype, dtype))
+    return StoredTensor(
+        shape=shape, dtype=_TORCH_NAMES.get(dtype, dtype), start=header_end + start, num_bytes=stop - start
+    )
 
 
 def _spans_its_shape(entry: Mapping[str, object]) -> bool:

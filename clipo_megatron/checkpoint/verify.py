@@ -1,0 +1,240 @@
+"""Model folders checked by their bytes: two against each other, or one for itself.
+
+Tensors are read in slices, so memory does not depend on their sizes; nothing is unpickled and no code is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from clipo_megatron.checkpoint.open_folder import (
+    OpenFolder,
+    expert_faults,
+    opened_folders,
+    tie_faults,
+    vocabulary_faults,
+)
+from clipo_megatron.checkpoint.tensor_slices import (
+    element_bytes,
+    element_text,
+    nonfinite_elements,
+    position,
+    unequal_elements,
+)
+from clipo_megatron.errors import ConfigError
+from clipo_megatron.weights.folder_check import model_folder_problems
+
+SLICE_BYTES = 64 * 2**20
+"""Read at once from each folder."""
+
+Kind = Literal["only in first", "only in second", "shape", "dtype", "bits"]
+OnProgress = Callable[[str, int, int], None]
+"""Takes the tensor's name, the bytes read so far and the bytes to read in all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One tensor that is not the same in both folders."""
+
+    tensor: str
+    kind: Kind
+    first_file: str
+    """Name of the file in the first folder; empty where it has no such tensor."""
+    second_file: str
+    detail: str
+    """Both shapes, both dtypes, or the first differing element with both values; in words."""
+    position: tuple[int, ...] = ()
+    """Of the first differing element; empty where the bits were not compared, and for a scalar."""
+    num_differing: int = 0
+    """Elements whose bits differ; 0 where the bits were not compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """What was found."""
+
+    num_tensors: int
+    """Names in any of the folders."""
+    bytes_read: int
+    """From all folders."""
+    differences: tuple[Difference, ...]
+    """In the order of the first folder's files; tensors of the second alone come last."""
+    faults: tuple[str, ...]
+    """What is wrong inside a folder, or between the two configurations: one line each."""
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether there is neither a difference nor a fault."""
+        return not self.differences and not self.faults
+
+
+def verify_folders(
+    first: Path, second: Path, *, slice_bytes: int = SLICE_BYTES, on_progress: OnProgress | None = None
+) -> VerifyReport:
+    """Compare names, shapes, dtypes and bits of two model folders; how they are cut into files does not matter.
+
+    Inside each folder, no two experts of a layer may hold the same tensor, tied weights must be tied, and there must
+    be no vocabulary rows beyond config.json's vocab_size.
+
+    Args:
+        first: Hugging Face model folder.
+        second: another one.
+        slice_bytes: read at once from each folder, a multiple of 8; memory is about twice that.
+        on_progress: called after each slice.
+
+    Raises:
+        ConfigError: a folder can't be read; all faults of both.
+    """
+    with opened_folders((first, second)) as (a, b):
+        names = [*a.names(), *(name for name in b.names() if not a.has(name))]
+        unlike = {name: found for name in names if (found := _header_difference(name, a, b))}
+        total = sum(
+            folder.num_bytes(name)
+            for name in names
+            for folder in (a, b)
+            if name not in unlike or name in folder.digested
+        )
+        progress = _Progress(total, on_progress)
+        buffers = _buffers(2, slice_bytes)
+        differences = dict(unlike)
+        for name in names:
+            if name not in unlike:
+                found = _bit_difference(name, a, b, buffers, progress)
+                if found is not None:
+                    differences[name] = found
+                continue
+            for folder in (a, b):
+                if name in folder.digested:
+                    for part in folder.slices.read(name, buffers[0]):
+                        progress.add(name, len(part))
+        faults = _config_differences(a, b)
+        for folder in (a, b):
+            faults += [*vocabulary_faults(folder), *tie_faults(folder), *expert_faults(folder)]
+    return VerifyReport(
+        num_tensors=len(names),
+        bytes_read=progress.done,
+        differences=tuple(differences[name] for name in names if name in differences),
+        faults=tuple(dict.fromkeys(faults)),
+    )
+
+
+def verify_folder(
+    folder: Path, *, slice_bytes: int = SLICE_BYTES, on_progress: OnProgress | None = None
+) -> VerifyReport:
+    """Read all of one model folder: values that are not finite, and experts of a layer that hold the same tensor.
+
+    Args:
+        folder: Hugging Face model folder.
+        slice_bytes: read at once, a multiple of 8.
+        on_progress: called after each slice.
+
+    Raises:
+        ConfigError: all that is wrong with its names, shapes, dtypes, files and tokenizer.
+    """
+    problems = model_folder_problems(folder)
+    if problems:
+        raise ConfigError(problems)
+    with opened_folders((folder,)) as (only,):
+        progress = _Progress(sum(only.num_bytes(name) for name in only.names()), on_progress)
+        (buffer,) = _buffers(1, slice_bytes)
+        faults = [fault for name in only.names() for fault in _nonfinite_fault(name, only, buffer, progress)]
+        faults += expert_faults(only)
+        return VerifyReport(
+            num_tensors=len(only.names()), bytes_read=progress.done, differences=(), faults=tuple(faults)
+        )
+
+
+class _Progress:
+    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
+        self.done = 0
+        self._total = total
+        self._on_progress = on_progress
+
+    def add(self, name: str, num_bytes: int) -> None:
+        self.done += num_bytes
+        if self._on_progress is not None:
+            self._on_progress(name, self.done, self._total)
+
+
+def _buffers(count: int, slice_bytes: int) -> list[memoryview]:
+    if slice_bytes < 8 or slice_bytes % 8:
+        raise ConfigError(f"slice_bytes = {slice_bytes}: must be a positive multiple of 8")
+    return [memoryview(bytearray(slice_bytes)) for _ in range(count)]
+
+
+def _header_difference(name: str, a: OpenFolder, b: OpenFolder) -> Difference | None:
+    """What the headers alone tell; None where the bits decide."""
+    kind: Kind
+    if not b.has(name):
+        kind, detail = "only in first", f"not in {b.path}"
+    elif not a.has(name):
+        kind, detail = "only in second", f"not in {a.path}"
+    elif a.reader.shape(name) != b.reader.shape(name):
+        kind, detail = "shape", f"shape {a.reader.shape(name)} and {b.reader.shape(name)}"
+    elif a.reader.dtype(name) != b.reader.dtype(name):
+        kind, detail = "dtype", f"dtype {a.reader.dtype(name)} and {b.reader.dtype(name)}"
+    else:
+        return None
+    return Difference(tensor=name, kind=kind, first_file=a.file(name), second_file=b.file(name), detail=detail)
+
+
+def _bit_difference(
+    name: str, a: OpenFolder, b: OpenFolder, buffers: list[memoryview], progress: _Progress
+) -> Difference | None:
+    stored = a.reader.stored(name)[1]
+    width = element_bytes(stored)
+    total, first_index, values, offset = 0, -1, ("", ""), 0
+    for parts in zip(a.slices.read(name, buffers[0]), b.slices.read(name, buffers[1]), strict=True):
+        count, index = unequal_elements(*parts, width=width)
+        if count and first_index < 0:
+            first_index = offset + index
+            one, other = (element_text(part, index, dtype=stored.dtype, width=width) for part in parts)
+            values = (one, other)
+        total += count
+        offset += len(parts[0]) // width
+        progress.add(name, 2 * len(parts[0]))
+    if not total:
+        return None
+    place = position(first_index, stored.shape)
+    return Difference(
+        tensor=name,
+        kind="bits",
+        first_file=a.file(name),
+        second_file=b.file(name),
+        detail=f"{total} of {offset} elements differ, first at {list(place)}: {values[0]} and {values[1]}",
+        position=place,
+        num_differing=total,
+    )
+
+
+def _nonfinite_fault(name: str, folder: OpenFolder, buffer: memoryview, progress: _Progress) -> list[str]:
+    stored = folder.reader.stored(name)[1]
+    width = element_bytes(stored)
+    total, first_index, value, offset = 0, -1, "", 0
+    for part in folder.slices.read(name, buffer):
+        # Only the derived rotary frequencies of old folders may have another format.
+        count, index = nonfinite_elements(part, dtype=stored.dtype) if "float" in stored.dtype else (0, -1)
+        if count and first_index < 0:
+            first_index, value = offset + index, element_text(part, index, dtype=stored.dtype, width=width)
+        total += count
+        offset += len(part) // width
+        progress.add(name, len(part))
+    if not total:
+        return []
+    return [
+        f"{folder.path / folder.file(name)}: {name}: {total} of {offset} elements are not finite, first at "
+        f"{list(position(first_index, stored.shape))}: {value}; take the folder of an earlier step"
+    ]
+
+
+def _config_differences(a: OpenFolder, b: OpenFolder) -> list[str]:
+    """Keys that make another model of the same tensors; the tensors' dtypes are compared themselves."""
+    first, second = asdict(a.architecture), asdict(b.architecture)
+    return [
+        f"config.json: {key} is {first[key]} in {a.path} and {second[key]} in {b.path}"
+        for key in first
+        if key != "dtype" and first[key] != second[key]
+    ]
