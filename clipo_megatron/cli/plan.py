@@ -113,11 +113,9 @@ def _print(estimate: MemoryEstimate, recipe: Recipe, gpu_gib: float) -> None:
     layout = recipe.layout
     # A narrow terminal, or a pipe, must not cut the names.
     console = Console(width=max(Console().width, _WIDTH), soft_wrap=True, highlight=False)
-    degrees = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp")} | {"dp": recipe.dp}
     table = Table(
         title=f"ESTIMATE, not measured: GiB on a GPU of each pipeline stage ({layout.world_size} ranks, "
-        + " ".join(f"{name}={degree}" for name, degree in degrees.items() if degree > 1)
-        + f", {layout.micro_batch_tokens} tokens a micro-batch, recompute={layout.recompute})",
+        f"{recipe.degrees or 'nothing split'}, {layout.micro_batch_tokens} tokens a micro-batch, recompute={layout.recompute})",
         title_justify="left",
     )
     table.add_column("stage", justify="right")

@@ -56,11 +56,6 @@ def run(args: argparse.Namespace) -> int:
     return _train(recipe, train, evaluation)
 
 
-def _degrees(recipe: Recipe) -> str:
-    degrees = {key: getattr(recipe.layout, key) for key in ("tp", "pp", "vpp", "cp", "ep", "etp")} | {"dp": recipe.dp}
-    return " ".join(f"{key}={degree}" for key, degree in degrees.items() if degree > 1) or "one rank"
-
-
 def _load_data(recipe: Recipe) -> tuple[PromptSet, PromptSet | None]:
     from clipo_megatron.checks.preflight import data_problems
     from clipo_megatron.controller.loop import limit_per_source
@@ -95,7 +90,7 @@ def _train(recipe: Recipe, train: PromptSet, evaluation: PromptSet | None) -> in
     lock = _prepare_folder(folder, recipe)
     console.print(
         f"run {folder}: {len(train)} training prompts ({train.num_overlong} over-long dropped), "
-        f"{recipe.layout.world_size} policy ranks ({_degrees(recipe)}), "
+        f"{recipe.layout.world_size} policy ranks ({recipe.degrees or 'nothing split'}), "
         f"{recipe.rollout.engines} engines on {device}",
         highlight=False,
         soft_wrap=True,

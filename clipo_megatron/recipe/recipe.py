@@ -50,6 +50,20 @@ class Recipe(Section):
         return self.layout.world_size // (self.layout.tp * self.layout.cp * self.layout.pp)
 
     @property
+    def degrees(self) -> str:
+        """The trainer's degrees above 1 in words, e.g. "tp=2 dp=4"; empty on one rank."""
+        layout = self.layout
+        found = {
+            "tp": layout.tp,
+            "pp": layout.pp,
+            "vpp": layout.vpp,
+            "cp": layout.cp,
+            "ep": layout.ep,
+            "etp": layout.etp,
+        }
+        return " ".join(f"{key}={degree}" for key, degree in (found | {"dp": self.dp}).items() if degree > 1)
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits over everything that changes a step's numbers; a resumed run must have the same."""
         content = self.run_defining_keys()
