@@ -8,23 +8,12 @@ from pathlib import Path
 from typing import cast
 
 from clipo_megatron.errors import ConfigError
-from clipo_megatron.weights.families import FAMILIES, Family
+from clipo_megatron.weights.families import FAMILIES, ONLY_VALUES, ExpertKeys, Family, OnlyValue
 from clipo_megatron.weights.rules import Sizes
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
-
-_ONLY_VALUE: dict[str, object] = {
-    "hidden_act": "silu",
-    # In transformers it also gives the output projection a bias, which the tables do not hold.
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-}
-"""Keys of config.json that change the model: when one is there, it must have this value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +31,7 @@ class Llama3RopeScaling:
 class Experts:
     """The mixture of experts that each layer has in place of one MLP.
 
-    A token's weights of its experts are the softmax over their logits alone (`norm_topk_prob` = true).
+    A token's weights of its experts are the softmax over their logits alone.
     """
 
     num_experts: int
@@ -129,13 +118,12 @@ def read_architecture(folder: Path) -> Architecture:
         max_positions=keys.count("max_position_embeddings"),
         dtype=_dtype(keys),
         eos_ids=_eos_ids(keys, folder / GENERATION_CONFIG_FILE),
-        experts=_experts(keys) if family.has_experts else None,
+        experts=_experts(keys, family.expert_keys) if family.has_experts else None,
     )
     if architecture.num_heads % architecture.num_kv_heads:
         keys.refuse("num_key_value_heads", f"must divide num_attention_heads = {architecture.num_heads}")
-    for key, value in _ONLY_VALUE.items():
-        if keys.get(key) not in (None, value):
-            keys.refuse(key, f"only {json.dumps(value)} is supported; take another model")
+    for only in ONLY_VALUES + family.only_values:
+        _check_value(keys, only)
     layer_types = keys.get("layer_types")
     if isinstance(layer_types, list) and set(cast("list[str]", layer_types)) - {"full_attention"}:
         keys.refuse("layer_types", "only full_attention is supported; take another model")
@@ -238,27 +226,28 @@ def _rope(keys: _Keys) -> tuple[float, Llama3RopeScaling | None]:
     return base, _llama3(rope)
 
 
-def _experts(keys: _Keys) -> Experts:
-    """Published folders count the experts in `num_experts`, transformers 5 writes `num_local_experts`."""
-    both = ("num_experts", "num_local_experts")
-    key = both[1] if both[0] not in keys.values and both[1] in keys.values else both[0]
-    if all(name in keys.values for name in both) and keys.get(both[0]) != keys.get(both[1]):
-        keys.refuse(both[1], f"differs from {both[0]} = {json.dumps(keys.get(both[0]))}; remove the wrong one")
+def _check_value(keys: _Keys, only: OnlyValue) -> None:
+    found = keys.get(only.key)
+    is_right = not only.is_required if found is None else found == only.value
+    if not is_right:
+        meaning = f" ({only.meaning})" if only.meaning else ""
+        keys.refuse(only.key, f"only {json.dumps(only.value)} is supported{meaning}; take another model")
+
+
+def _experts(keys: _Keys, names: ExpertKeys) -> Experts:
+    """Published folders of Qwen3 count the experts in `num_experts`, transformers 5 writes `num_local_experts`."""
+    found = [name for name in names.num_experts if name in keys.values] or [names.num_experts[0]]
+    key = found[0]
+    for other in found[1:]:
+        if keys.get(other) != keys.get(key):
+            keys.refuse(other, f"differs from {key} = {json.dumps(keys.get(key))}; remove the wrong one")
     experts = Experts(
         num_experts=keys.count(key),
-        experts_per_token=keys.count("num_experts_per_tok"),
-        ffn_size=keys.count("moe_intermediate_size"),
+        experts_per_token=keys.count(names.experts_per_token),
+        ffn_size=keys.count(names.ffn_size),
     )
     if experts.experts_per_token > experts.num_experts:
-        keys.refuse("num_experts_per_tok", f"must be <= {key} = {experts.num_experts}")
-    if keys.get("norm_topk_prob") is not True:  # transformers takes a missing one for false
-        keys.refuse(
-            "norm_topk_prob", "only true is supported (weights of the chosen experts sum to 1); take another model"
-        )
-    if keys.get("decoder_sparse_step") not in (None, 1):
-        keys.refuse("decoder_sparse_step", "only 1 is supported (experts in every layer); take another model")
-    if keys.get("mlp_only_layers") not in (None, []):
-        keys.refuse("mlp_only_layers", "only [] is supported (experts in every layer); take another model")
+        keys.refuse(names.experts_per_token, f"must be <= {key} = {experts.num_experts}")
     return experts
 
 

@@ -15,14 +15,41 @@ _MEGATRON_LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
 
 
+@dataclass(frozen=True, slots=True)
+class OnlyValue:
+    """A key of config.json that changes the model, and the one value of it that the project can build."""
+
+    key: str
+    value: object
+    """As in JSON. A missing key and null mean it too, unless `is_required`."""
+    meaning: str = ""
+    """Of the value, for the message; may be empty."""
+    is_required: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertKeys:
+    """What config.json calls the numbers of a mixture of experts."""
+
+    num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
+    """All names in use; those that a folder has must agree."""
+    experts_per_token: str = "num_experts_per_tok"
+    ffn_size: str = "moe_intermediate_size"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """A model family: its class in transformers and its table."""
+    """A model family: its class in transformers, its table, and what is special about its config.json."""
 
     name: str
+    """As transformers' `model_type`."""
     hf_class: str
     """Entry of config.json's `architectures`."""
     rules: tuple[Rule, ...]
+    expert_keys: ExpertKeys = ExpertKeys()
+    """Of no meaning without experts."""
+    only_values: tuple[OnlyValue, ...] = ()
+    """Beyond those of all families."""
 
     def has(self, megatron_suffix: str) -> bool:
         """Whether a Megatron parameter of the table ends in `megatron_suffix`."""
@@ -94,6 +121,20 @@ _QK_NORM = (
     _layer("self_attention.q_layernorm.weight", Split.REPLICATED, ("self_attn.q_norm.weight", ("head_dim",))),
     _layer("self_attention.k_layernorm.weight", Split.REPLICATED, ("self_attn.k_norm.weight", ("head_dim",))),
 )
+_MIXTRAL_EXPERTS = (
+    _layer("mlp.router.weight", Split.REPLICATED, ("block_sparse_moe.gate.weight", ("experts", "hidden"))),
+    _layer(
+        "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+        Split.COLUMN_PARALLEL,
+        ("block_sparse_moe.experts.{expert}.w1.weight", ("expert_ffn", "hidden")),
+        ("block_sparse_moe.experts.{expert}.w3.weight", ("expert_ffn", "hidden")),
+    ),
+    _layer(
+        "mlp.experts.local_experts.{expert}.linear_fc2.weight",
+        Split.ROW_PARALLEL,
+        ("block_sparse_moe.experts.{expert}.w2.weight", ("hidden", "expert_ffn")),
+    ),
+)
 _TOP = (
     _whole("decoder.final_layernorm.weight", Split.REPLICATED, "model.norm.weight", "hidden"),
     _whole("output_layer.weight", Split.VOCAB_PARALLEL, "lm_head.weight", "vocab", "hidden"),
@@ -106,10 +147,35 @@ FAMILIES: dict[str, Family] = {
         Family(name="qwen2", hf_class="Qwen2ForCausalLM", rules=_BOTTOM + _ATTENTION + _QKV_BIAS + _DENSE_MLP + _TOP),
         Family(name="qwen3", hf_class="Qwen3ForCausalLM", rules=_BOTTOM + _ATTENTION + _QK_NORM + _DENSE_MLP + _TOP),
         Family(
-            name="qwen3_moe", hf_class="Qwen3MoeForCausalLM", rules=_BOTTOM + _ATTENTION + _QK_NORM + _EXPERTS + _TOP
+            name="qwen3_moe",
+            hf_class="Qwen3MoeForCausalLM",
+            rules=_BOTTOM + _ATTENTION + _QK_NORM + _EXPERTS + _TOP,
+            only_values=(
+                OnlyValue("norm_topk_prob", True, "weights of the chosen experts sum to 1", is_required=True),
+                OnlyValue("decoder_sparse_step", 1, "experts in every layer"),
+                OnlyValue("mlp_only_layers", [], "experts in every layer"),
+            ),
+        ),
+        Family(
+            name="mixtral",
+            hf_class="MixtralForCausalLM",
+            rules=_BOTTOM + _ATTENTION + _MIXTRAL_EXPERTS + _TOP,
+            expert_keys=ExpertKeys(num_experts=("num_local_experts",), ffn_size="intermediate_size"),
+            only_values=(OnlyValue("sliding_window", None, "every token sees all before it"),),
         ),
     )
 }
+
+ONLY_VALUES: tuple[OnlyValue, ...] = (
+    OnlyValue("hidden_act", "silu"),
+    # In transformers it also gives the output projection a bias, which the tables do not hold.
+    OnlyValue("attention_bias", False),
+    OnlyValue("mlp_bias", False),
+    OnlyValue("use_sliding_window", False),
+    OnlyValue("partial_rotary_factor", 1.0),
+    OnlyValue("quantization_config", None),
+)
+"""Of all families."""
 
 FUSED_NORM_ALIASES: dict[str, str] = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",

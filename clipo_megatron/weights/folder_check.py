@@ -7,6 +7,7 @@ from typing import cast
 
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.weights.architecture import CONFIG_FILE, DTYPES, Architecture, read_architecture, read_json_object
+from clipo_megatron.weights.families import FAMILIES
 from clipo_megatron.weights.hf_folder import HFReader
 from clipo_megatron.weights.names import hf_tensor_specs, uneven_stages
 
@@ -62,7 +63,7 @@ def layout_problems(arch: Architecture, *, tp: int, pp: int, vpp: int, ep: int, 
     ]
     if arch.experts is not None:
         problems += _uneven("layout.ep", ep, "number of experts", arch.experts.num_experts)
-        problems += _uneven("layout.etp", etp, "moe_intermediate_size", arch.experts.ffn_size)
+        problems += _uneven("layout.etp", etp, _expert_width_key(arch), arch.experts.ffn_size)
     else:
         problems += _uneven("layout.tp", tp, "intermediate_size", arch.ffn_size)
         problems += [
@@ -83,13 +84,17 @@ def _rollout_problems(arch: Architecture, tp: int) -> list[str]:
             "it; choose another rollout.tp"
         )
     if arch.experts is not None:
-        problems += _uneven("rollout.tp", tp, "moe_intermediate_size", arch.experts.ffn_size)
+        problems += _uneven("rollout.tp", tp, _expert_width_key(arch), arch.experts.ffn_size)
         if tp > arch.experts.num_experts:
             problems.append(
                 f"rollout.tp = {tp}: vLLM needs at least as many experts, and the model has "
                 f"{arch.experts.num_experts}; choose a smaller rollout.tp"
             )
     return problems
+
+
+def _expert_width_key(arch: Architecture) -> str:
+    return FAMILIES[arch.family].expert_keys.ffn_size
 
 
 def _uneven(key: str, degree: int, name: str, size: int) -> list[str]:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.weights.architecture import CONFIG_FILE, Architecture, read_architecture, read_json_object
-from clipo_megatron.weights.hf_folder import INDEX_FILE, SINGLE_FILE, write_hf_folder
+from clipo_megatron.weights.families import FAMILIES
+from clipo_megatron.weights.hf_folder import INDEX_FILE, SINGLE_FILE
+from clipo_megatron.weights.hf_writer import write_hf_folder
 from clipo_megatron.weights.names import hf_tensor_specs
 
 Config = dict[str, object]
@@ -62,9 +64,10 @@ def shrunk_config(source: Path, num_layers: int, *, tp: int, ep: int, etp: int) 
     if arch.experts is not None:
         least = max(_EXPERTS, 2 * ep)
         num_experts = min(arch.experts.num_experts, -(-least // ep) * ep)
-        config |= {key: num_experts for key in ("num_experts", "num_local_experts") if key in config}
-        config["num_experts_per_tok"] = min(arch.experts.experts_per_token, _EXPERTS_PER_TOKEN)
-        config["moe_intermediate_size"] = _FFN_OF_RANK * etp
+        keys = FAMILIES[arch.family].expert_keys
+        config |= {key: num_experts for key in keys.num_experts if key in config}
+        config[keys.experts_per_token] = min(arch.experts.experts_per_token, _EXPERTS_PER_TOKEN)
+        config[keys.ffn_size] = _FFN_OF_RANK * etp
     return config
 
 

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-Family = Literal["qwen2", "qwen3", "llama", "qwen3_moe"]
+Family = Literal["qwen2", "qwen3", "llama", "qwen3_moe", "mixtral"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -81,14 +81,14 @@ def make_tiny_hf(
         tied: whether the output layer shares the embedding's tensor.
         vocab_size: rows of the embedding, >= `tokenizer_size`; the rows above the tokenizer's length are never used.
         tokenizer_size: tokens of the tokenizer, >= 259.
-        hidden_size: default num_heads * head_dim; for qwen3 and qwen3_moe half of it, as head_dim is a key of its own
-            there.
+        hidden_size: default num_heads * head_dim; for all but qwen2 and llama half of it, as head_dim is a key of its
+            own there.
         num_layers: transformer layers.
         num_heads: query heads.
         num_kv_heads: key/value heads, a divisor of `num_heads`.
         head_dim: width of a head.
-        ffn_size: width of the gate and of the up projection; no tensor of a qwen3_moe has it.
-        num_experts: qwen3_moe only, as the next two: experts of each layer.
+        ffn_size: width of the gate and of the up projection, where there are no experts.
+        num_experts: qwen3_moe and mixtral only, as the next two: experts of each layer.
         experts_per_token: experts that the router chooses for a token.
         expert_ffn_size: width of an expert's gate and of its up projection.
         max_positions: `max_position_embeddings`.
@@ -97,7 +97,7 @@ def make_tiny_hf(
         max_shard_size: as in transformers; a small one gives several files and an index.
     """
     if hidden_size is None:
-        hidden_size = num_heads * head_dim // (2 if family in ("qwen3", "qwen3_moe") else 1)
+        hidden_size = num_heads * head_dim // (1 if family in ("qwen2", "llama") else 2)
     tokenizer = tiny_tokenizer(tokenizer_size)
     if len(tokenizer) > vocab_size:
         raise ValueError(f"vocab_size = {vocab_size}: must be >= the tokenizer's {len(tokenizer)} tokens")
@@ -112,7 +112,6 @@ def make_tiny_hf(
         }
     config = _config(
         family,
-        _expert_keys(num_experts, experts_per_token, expert_ffn_size) if family == "qwen3_moe" else {},
         {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
@@ -128,32 +127,47 @@ def make_tiny_hf(
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
-        },
+        }
+        | _expert_keys(family, num_experts, experts_per_token, expert_ffn_size),
     )
     _save(config, folder, seed=seed, dtype=dtype, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _expert_keys(num_experts: int, experts_per_token: int, expert_ffn_size: int) -> dict[str, object]:
-    return {
-        "num_experts": num_experts,
-        "num_experts_per_tok": experts_per_token,
-        "moe_intermediate_size": expert_ffn_size,
-        "norm_topk_prob": True,
-    }
+def _expert_keys(family: Family, num_experts: int, experts_per_token: int, expert_ffn_size: int) -> dict[str, object]:
+    if family == "mixtral":
+        return {
+            "num_local_experts": num_experts,
+            "num_experts_per_tok": experts_per_token,
+            "intermediate_size": expert_ffn_size,
+        }
+    if family == "qwen3_moe":
+        return {
+            "num_experts": num_experts,
+            "num_experts_per_tok": experts_per_token,
+            "moe_intermediate_size": expert_ffn_size,
+            "norm_topk_prob": True,
+        }
+    return {}
 
 
-def _config(family: Family, expert_keys: dict[str, object], keys: dict[str, object]) -> PreTrainedConfig:
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+def _config(family: Family, keys: dict[str, object]) -> PreTrainedConfig:
+    from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     if family == "qwen2":
         # Qwen2 has no key for it: a head is hidden_size / num_heads wide.
         if keys["hidden_size"] != keys["num_attention_heads"] * keys["head_dim"]:
             raise ValueError(f"hidden_size = {keys['hidden_size']}: qwen2 needs num_heads * head_dim")
         keys = {key: value for key, value in keys.items() if key != "head_dim"}
-    classes = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "qwen3_moe": Qwen3MoeConfig}
-    return classes[family](**keys, **expert_keys)
+    classes = {
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "llama": LlamaConfig,
+        "qwen3_moe": Qwen3MoeConfig,
+        "mixtral": MixtralConfig,
+    }
+    return classes[family](**keys)
 
 
 def _save(config: PreTrainedConfig, folder: Path, *, seed: int, dtype: str, max_shard_size: str) -> None:

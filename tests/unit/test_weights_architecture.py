@@ -11,6 +11,7 @@ from support.tiny_models import make_tiny_hf
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.weights.architecture import Experts, Llama3RopeScaling, read_architecture
 from clipo_megatron.weights.counts import active_parameters, parameter_count
+from clipo_megatron.weights.families import FAMILIES
 
 QWEN2P5_3B: dict[str, object] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -75,6 +76,26 @@ QWEN3_30B_A3B = QWEN3_8B | {
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
 }
+MIXTRAL_8X7B: dict[str, object] = {
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-05,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 2,
+    "router_aux_loss_coef": 0.02,
+}
 
 
 def _write(folder: Path, config: dict[str, object]) -> Path:
@@ -89,8 +110,9 @@ def _write(folder: Path, config: dict[str, object]) -> Path:
         (QWEN3_8B, 8_190_735_360),
         (LLAMA3P1_8B, 8_030_261_248),
         (QWEN3_30B_A3B, 30_532_122_624),
+        (MIXTRAL_8X7B, 46_702_792_704),
     ],
-    ids=["Qwen2.5-3B", "Qwen3-8B", "Llama-3.1-8B", "Qwen3-30B-A3B"],
+    ids=["Qwen2.5-3B", "Qwen3-8B", "Llama-3.1-8B", "Qwen3-30B-A3B", "Mixtral-8x7B"],
 )
 def test_the_number_of_parameters_is_the_published_one(
     tmp_path: Path, config: dict[str, object], published: int
@@ -106,7 +128,7 @@ def test_a_token_meets_3_billion_of_30_billion_parameters(tmp_path: Path) -> Non
     assert 3.3e9 < 48 * (active_parameters(arch) + norms) + 2048 + embedding_and_output < 3.4e9
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_active_parameters_are_those_of_the_matrix_products_of_one_token(tmp_path: Path, family: str) -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -122,7 +144,7 @@ def test_active_parameters_are_those_of_the_matrix_products_of_one_token(tmp_pat
     assert counter.get_total_flops() == 3 * (2 * active_parameters(arch) + attention) + head
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_architecture_is_what_transformers_reads(tmp_path: Path, family: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -144,7 +166,7 @@ def test_the_architecture_is_what_transformers_reads(tmp_path: Path, family: str
     if arch.experts is not None:
         assert arch.experts.num_experts == config.num_experts == len(model.model.layers[0].mlp.experts.down_proj)
         assert arch.experts.experts_per_token == model.model.layers[0].mlp.gate.top_k
-        assert arch.experts.ffn_size == config.moe_intermediate_size
+        assert arch.experts.ffn_size == model.model.layers[0].mlp.experts.down_proj.shape[2]
 
 
 def test_both_keys_for_the_number_of_experts_mean_the_same(tmp_path: Path) -> None:
@@ -172,6 +194,22 @@ def test_experts_that_can_not_be_built_are_refused_by_their_key(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         read_architecture(_write(tmp_path, QWEN3_30B_A3B | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sliding_window": 4096}, "sliding_window = 4096: only null is supported"),
+        ({"num_local_experts": None}, "num_local_experts = null: must be a whole number"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9: must be <= num_local_experts = 8"),
+        ({"intermediate_size": 0}, "intermediate_size = 0: must be a whole number >= 1"),
+    ],
+)
+def test_a_family_names_its_own_keys(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    mixtral = read_architecture(_write(tmp_path, MIXTRAL_8X7B))
+    assert mixtral.experts == Experts(num_experts=8, experts_per_token=2, ffn_size=14336)
+    with pytest.raises(ConfigError, match=message):
+        read_architecture(_write(tmp_path, MIXTRAL_8X7B | change))
 
 
 def test_old_and_new_style_of_rope_and_dtype_keys_mean_the_same(tmp_path: Path) -> None:
@@ -203,7 +241,7 @@ def test_end_tokens_are_those_of_the_generation_config_where_it_has_any(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "architectures = .*Mixtral.*must be one of LlamaForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "architectures = .*Gemma.*must be one of LlamaForCausalLM"),
         ({"architectures": None}, "architectures"),
         ({"use_sliding_window": True}, "use_sliding_window = true: only false"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),

@@ -13,6 +13,7 @@ from support.tiny_models import make_tiny_hf
 
 from clipo_megatron.errors import CheckError, ConfigError
 from clipo_megatron.weights.architecture import read_architecture
+from clipo_megatron.weights.families import FAMILIES
 from clipo_megatron.weights.names import (
     EMBEDDING,
     OUTPUT_LAYER,
@@ -62,7 +63,7 @@ def test_the_norm_before_experts_has_no_fused_name() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_names_and_shapes_are_those_that_transformers_writes(tmp_path: Path, family: str, tied: bool) -> None:
     folder = make_tiny_hf(tmp_path / family, family, tied=tied, num_layers=3, vocab_size=389)
     want = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
