@@ -1,4 +1,7 @@
-"""`clipo plan memory RECIPE.yaml [key=value ...]`: GPU memory of the trainer's ranks, estimated before a GPU is rented."""
+"""`clipo plan ACTION RECIPE.yaml [key=value ...]`: what a run will need, from its recipe and the model's config.json.
+
+memory: GPU memory of the trainer's ranks, estimated before a GPU is rented. sync: what a weight sync copies, and its floor.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clipo_megatron.checks.memory import ASSUMPTIONS, GIB, MemoryEstimate, RankMemory, estimate_memory
+from clipo_megatron.cli import plan_sync
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.load import read_recipe
@@ -28,14 +32,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("plan", help="estimate what a recipe needs", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     memory = actions.add_parser("memory", help="GPU memory of a trainer rank, by pipeline stage and term")
-    memory.add_argument("recipe", type=Path, help="YAML file, e.g. examples/math_qwen3_32b/recipe.yaml")
-    memory.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. layout.tp=4 layout.recompute=full")
-    memory.add_argument(
-        "--config", type=Path, metavar="PATH", help="config.json, where model.path is not on this machine"
-    )
+    _add_recipe_arguments(memory)
     memory.add_argument("--gpu-gib", type=float, default=80.0, metavar="N", help="memory of one GPU (default 80)")
     memory.add_argument("--json", action="store_true", help="bytes as JSON instead of the table")
     memory.set_defaults(run=run)
+    sync = actions.add_parser("sync", help="copies of a weight sync: bytes by link and rank, least time")
+    _add_recipe_arguments(sync)
+    plan_sync.add_arguments(sync)
+    sync.set_defaults(run=run_sync)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,9 +48,39 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: all faults of the recipe and of its layout against the model, or no config.json.
     """
+    problems = [] if 0 < args.gpu_gib < math.inf else [f"--gpu-gib = {args.gpu_gib}: must be > 0"]
+    recipe, arch = _read(args, problems)
+    estimate = estimate_memory(recipe, arch)
+    if args.json:
+        print(json.dumps(_as_json(estimate, args.gpu_gib), indent=1))
+    else:
+        _print(estimate, recipe, args.gpu_gib)
+    return 0
+
+
+def run_sync(args: argparse.Namespace) -> int:
+    """Print what a weight sync copies; write the plan if asked to.
+
+    Raises:
+        ConfigError: as for `run`, or the engines can't be split so.
+    """
+    recipe, arch = _read(args, plan_sync.option_problems(args))
+    plan_sync.show_plan(recipe, arch, args)
+    return 0
+
+
+def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="YAML file, e.g. examples/math_qwen3_32b/recipe.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. layout.tp=4 layout.recompute=full")
+    parser.add_argument(
+        "--config", type=Path, metavar="PATH", help="config.json, where model.path is not on this machine"
+    )
+
+
+def _read(args: argparse.Namespace, option_problems: list[str]) -> tuple[Recipe, Architecture]:
+    """The recipe and its model; all faults together."""
     recipe, problems = read_recipe(args.recipe, args.overrides)
-    if not 0 < args.gpu_gib < math.inf:
-        problems.append(f"--gpu-gib = {args.gpu_gib}: must be > 0")
+    problems += option_problems
     arch = None
     if recipe is not None:
         try:
@@ -56,12 +90,7 @@ def run(args: argparse.Namespace) -> int:
             problems += error.problems
     if problems or recipe is None or arch is None:
         raise ConfigError(problems)
-    estimate = estimate_memory(recipe, arch)
-    if args.json:
-        print(json.dumps(_as_json(estimate, args.gpu_gib), indent=1))
-    else:
-        _print(estimate, recipe, args.gpu_gib)
-    return 0
+    return recipe, arch
 
 
 def _read_architecture(recipe: Recipe, config: Path | None) -> Architecture:
