@@ -1,4 +1,4 @@
-"""`python checkpoint_tools/verify.py A [B]` is `clipo ckpt verify A [B]`: model folders bit by bit."""
+"""`python checkpoint_tools/verify.py A [B]` is `clipo ckpt verify A [B]`: folders bit by bit."""
 
 import os
 import sys

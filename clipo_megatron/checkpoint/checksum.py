@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,18 +41,6 @@ def file_checksum(path: Path, on_bytes: Callable[[int], None] | None = None) -> 
             if on_bytes is not None:
                 on_bytes(count)
     return f"{crc:08x}"
-
-
-def written_checksums(files: Iterable[Path]) -> dict[str, str]:
-    """Checksums by file name, for the process that has just written `files`: they are still in its page cache.
-
-    Raises:
-        OSError: a file can't be read.
-    """
-    started = time.perf_counter()
-    checksums = {path.name: file_checksum(path) for path in files}
-    logger.info("checksums of %s took %.1f s", ", ".join(checksums), time.perf_counter() - started)
-    return checksums
 
 
 def content_faults(folder: Path, checksums: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clipo_megatron.records import WeightBucket
 from clipo_megatron.sync.bucket import unpack
-from clipo_megatron.weights.hf_folder import HFWriter
+from clipo_megatron.weights.hf_writer import HFWriter
 
 
 def export_hf(buckets: Iterable[WeightBucket], *, source: Path, folder: Path) -> None:

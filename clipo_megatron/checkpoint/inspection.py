@@ -1,17 +1,24 @@
-"""What a folder holds, from headers and manifests alone: a model folder, a training checkpoint, or a run with both.
+"""What a folder holds, from headers and manifests alone: a model folder, a checkpoint, or a run with both.
 
 The result is JSON types, for people and scripts. Contents are not read: `clipo ckpt verify` does that.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from clipo_megatron.checkpoint.training import MANIFEST, list_checkpoints
-from clipo_megatron.errors import ConfigError
+import torch
+
+from clipo_megatron.checkpoint.conversion_record import RECORD_FILE, file_faults, read_record
+from clipo_megatron.checkpoint.dist_index import METADATA
+from clipo_megatron.checkpoint.dist_model import is_model_key
+from clipo_megatron.checkpoint.dist_reader import DistReader
+from clipo_megatron.checkpoint.manifest import MANIFEST, list_checkpoints
+from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.weights.architecture import CONFIG_FILE, read_architecture, read_json_object
 from clipo_megatron.weights.counts import parameter_count
 from clipo_megatron.weights.hf_folder import HFReader
@@ -20,7 +27,8 @@ Described = dict[str, object]
 
 _RECIPE = "recipe.yaml"
 _CHECKPOINTS, _EXPORTS = "checkpoints", "hf"
-_RANK_FILE = re.compile(r"policy_rank_\d+\.json")
+_POLICY = "policy.json"
+_OPTIMIZER = "optimizer."
 # Names under which folders are written, before they are renamed.
 _UNFINISHED = re.compile(r"\.step_\d{8}\.tmp|.+\.partial|.+\.old")
 
@@ -29,13 +37,14 @@ def inspect_folder(folder: Path) -> Described:
     """Describe a folder.
 
     Args:
-        folder: a Hugging Face model folder, a training checkpoint's step folder, or a run's folder.
+        folder: a Hugging Face model folder, a distributed checkpoint (an imported model, Megatron's own, or a training
+            checkpoint's step folder), or a run's folder.
 
     Returns:
-        JSON types; `kind` is "model folder", "training checkpoint" or "run".
+        JSON types; `kind` is "model folder", "imported model", "distributed checkpoint", "training checkpoint" or "run".
 
     Raises:
-        ConfigError: none of the three, or damaged so that its headers or its manifest can't be read; all faults.
+        ConfigError: none of these, or damaged so that its headers or its manifest can't be read; all faults.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -43,13 +52,15 @@ def inspect_folder(folder: Path) -> Described:
         )
     if (folder / MANIFEST).exists():
         return _describe_checkpoint(folder)
+    if (folder / METADATA).exists():
+        return _describe_imported(folder) if (folder / RECORD_FILE).exists() else _describe_dist(folder)
     if (folder / CONFIG_FILE).exists():
         return _describe_model(folder)
     if (folder / _RECIPE).exists() or (folder / _CHECKPOINTS).is_dir():
         return _describe_run(folder)
     raise ConfigError(
-        f"{folder}: holds none of {CONFIG_FILE} (model folder), {MANIFEST} (training checkpoint), {_RECIPE} (run); "
-        "give one of these folders"
+        f"{folder}: holds none of {CONFIG_FILE} (model folder), {METADATA} (distributed checkpoint), {MANIFEST} "
+        f"(training checkpoint), {_RECIPE} (run); give one of these folders"
     )
 
 
@@ -104,30 +115,78 @@ def _describe_checkpoint(folder: Path) -> Described:
         "prompts_taken": _value(progress, "prompts_taken", where),
         "recipe_fingerprint": _value(manifest, "fingerprint", where),
         "data_hash": _value(manifest, "data_hash", where),
-        "checksums": "checksums" in manifest,
+        "sound": _value(manifest, "sound", where),
+        "accuracy": _value(manifest, "accuracy", where),
+        "versions": _value(manifest, "versions", where),
     }
     if faults := _size_faults(folder, sizes):
         raise ConfigError(faults)
-    rank_files = sorted(name for name in sizes if _RANK_FILE.fullmatch(name))
-    if rank_files:
-        described |= _describe_rank(folder / rank_files[0])
-    return described | {
-        "ranks": len(rank_files),
-        "bytes": sum(cast("int", size) for size in sizes.values()),
-        "files": sizes,
-    }
+    if _POLICY in sizes:
+        described |= _describe_policy(folder / _POLICY)
+    if METADATA in sizes:
+        described |= _describe_tensors(folder)
+    return described | {"bytes": sum(cast("int", size) for size in sizes.values()), "files": sizes}
 
 
-def _describe_rank(path: Path) -> Described:
-    """What all ranks have in common, as one of them wrote it."""
-    identity = _object(read_json_object(path), "identity", f"{path}")
+def _describe_policy(path: Path) -> Described:
+    """What the trainer says of the policy beside its tensors."""
+    policy = read_json_object(path)
+    identity = _object(policy, "identity", f"{path}")
     architecture = _object(identity, "architecture", f"{path}: identity")
     return {
-        "layout": _object(identity, "layout", f"{path}: identity"),
+        "layout": _object(policy, "layout", f"{path}"),
         "dtype": _value(identity, "dtype", f"{path}: identity"),
         "family": _value(architecture, "family", f"{path}: identity.architecture"),
         "layers": _value(architecture, "num_layers", f"{path}: identity.architecture"),
     }
+
+
+def _describe_imported(folder: Path) -> Described:
+    try:
+        record = read_record(folder)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    if faults := file_faults(folder, record.files):
+        raise ConfigError([f"{folder / name}: {fault}; import the model again" for name, fault in faults.items()])
+    return {
+        "kind": record.kind,
+        "source": record.source,
+        "layout": record.layout,
+        "dtype": record.dtype,
+        **record.architecture,
+        "versions": record.versions,
+        **_describe_tensors(folder),
+        "bytes": sum(record.files.values()),
+        "files": record.files,
+    }
+
+
+def _describe_dist(folder: Path) -> Described:
+    """A checkpoint without a manifest: Megatron's own."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    described = {"kind": "distributed checkpoint", **_describe_tensors(folder)}
+    return described | {"bytes": sum(sizes.values()), "files": sizes}
+
+
+def _describe_tensors(folder: Path) -> Described:
+    """What the index of a distributed checkpoint says."""
+    bytes_of_dtype: dict[str, int] = {}
+    try:
+        with DistReader(folder) as reader:
+            keys = reader.keys()
+            for key in keys:
+                dtype = reader.dtype(key)
+                num_bytes = math.prod(reader.shape(key)) * getattr(torch, dtype).itemsize
+                bytes_of_dtype[dtype] = bytes_of_dtype.get(dtype, 0) + num_bytes
+            return {
+                "keys": len(keys),
+                "chunks": sum(len(reader.chunks(key)) for key in keys),
+                "has_optimizer": any(key.startswith(_OPTIMIZER) for key in keys),
+                "stored_parameters": sum(math.prod(reader.shape(key)) for key in keys if is_model_key(key)),
+                "tensor_bytes_by_dtype": dict(sorted(bytes_of_dtype.items())),
+            }
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _describe_run(folder: Path) -> Described:

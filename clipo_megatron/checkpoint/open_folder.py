@@ -1,96 +1,162 @@
-"""One model folder opened for a reading of its bytes, and what its tensors say against each other and its config.json."""
+"""One folder opened for a reading of its bytes, and what its tensors say against each other and its config.json."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from clipo_megatron.checkpoint.tensor_slices import TensorSlices
-from clipo_megatron.errors import ConfigError
-from clipo_megatron.weights.architecture import Architecture, read_architecture
+from clipo_megatron.checkpoint.conversion_record import CONFIG_FOLDER
+from clipo_megatron.checkpoint.dist_index import METADATA
+from clipo_megatron.checkpoint.dist_model import model_faults
+from clipo_megatron.checkpoint.dist_reader import DistReader
+from clipo_megatron.checkpoint.dist_tensors import DistTensors, state_keys
+from clipo_megatron.checkpoint.tensor_slices import HFTensors, StoredTensors
+from clipo_megatron.errors import CheckpointError, ConfigError
+from clipo_megatron.weights.architecture import CONFIG_FILE, Architecture, read_architecture
 from clipo_megatron.weights.families import FAMILIES
 from clipo_megatron.weights.hf_folder import HFReader
 from clipo_megatron.weights.names import EMBEDDING, OUTPUT_LAYER, Where
 
+T = TypeVar("T")
+
 
 class OpenFolder:
-    """An open model folder, the digests of its experts and, where both are stored, of its tied weights."""
+    """An open folder, the digests of its experts and, where both are stored, of its tied weights.
 
-    def __init__(self, architecture: Architecture, reader: HFReader) -> None:
-        self.path = reader.folder
+    Args:
+        path: of the folder.
+        architecture: of the model in it; None where no config.json tells.
+        tensors: of the folder.
+        faults: what keeps the tensors from being those of its config.json.
+    """
+
+    def __init__(
+        self, path: Path, architecture: Architecture | None, tensors: StoredTensors, *, faults: Sequence[str] = ()
+    ) -> None:
+        self.path = path
         self.architecture = architecture
-        self.reader = reader
-        self._names = set(reader.names())
-        tied = [*_stored_names(architecture, EMBEDDING), *_stored_names(architecture, OUTPUT_LAYER)]
-        wanted = {name for names in _expert_tensors(architecture) for name in names}
-        if architecture.tied and self._names.issuperset(tied):
-            wanted |= set(tied)
-        self.digested = wanted & self._names
-        self.slices = TensorSlices(reader, digested=self.digested)
-
-    def names(self) -> list[str]:
-        """Names of all tensors in the order of the files, so that they are read from front to back."""
-        return sorted(self._names, key=lambda name: (self.file(name), self.reader.stored(name)[1].start))
+        self.tensors = tensors
+        self.faults = tuple(faults)
+        self.digests: dict[str, bytes] = {}
+        self._names = set(tensors.names())
+        self.digested: set[str] = set()
+        """Names whose SHA-256 is kept once they were read to the end."""
+        if architecture is not None:
+            tied = [*_stored_names(architecture, EMBEDDING), *_stored_names(architecture, OUTPUT_LAYER)]
+            wanted = {name for names in _expert_tensors(architecture) for name in names}
+            if architecture.tied and self._names.issuperset(tied):
+                wanted |= set(tied)
+            self.digested = wanted & self._names
 
     def has(self, name: str) -> bool:
         """Whether the tensor is stored."""
         return name in self._names
 
-    def file(self, name: str) -> str:
-        """Name of the file that holds a tensor; empty where there is no such tensor."""
-        return self.reader.stored(name)[0].name if self.has(name) else ""
+    def file(self, name: str, place: tuple[int, ...] = ()) -> str:
+        """Name of the file that holds an element of a tensor; empty where there is no such tensor."""
+        return self.tensors.file(name, place) if self.has(name) else ""
 
-    def num_bytes(self, name: str) -> int:
-        """Bytes of a tensor."""
-        return self.reader.stored(name)[1].num_bytes
+    def read(self, name: str, buffer: memoryview) -> Iterator[memoryview]:
+        """The bytes of a tensor, in parts of the length of `buffer`; each part is valid until the next one."""
+        digest = hashlib.sha256()
+        for part in self.tensors.read(name, buffer):
+            if name in self.digested:
+                digest.update(part)
+            yield part
+        if name in self.digested:
+            self.digests[name] = digest.digest()
 
 
 @contextlib.contextmanager
-def opened_folders(paths: Sequence[Path]) -> Iterator[list[OpenFolder]]:
-    """Open all folders.
+def opened_folders(paths: Sequence[Path], *, config: Path | None = None) -> Iterator[list[OpenFolder]]:
+    """Open all folders. A training state belongs to a checkpoint where all folders hold one.
+
+    Args:
+        paths: Hugging Face folders and distributed checkpoints.
+        config: folder with the config.json of checkpoints; None takes that which lies in them, else another folder's.
 
     Raises:
         ConfigError: all that is wrong with all of them.
     """
     problems: list[str] = []
-    folders: list[OpenFolder] = []
     with contextlib.ExitStack() as stack:
-        for path in paths:
-            if not path.is_dir():
-                problems.append(f"{path}: no such folder; give the folder of a Hugging Face model")
-                continue
-            architecture = reader = None
-            try:
-                architecture = read_architecture(path)
-            except ConfigError as error:
-                problems += error.problems
-            try:
-                reader = stack.enter_context(HFReader(path))
-            except ConfigError as error:
-                problems += error.problems
-            if architecture is not None and reader is not None:
-                folders.append(OpenFolder(architecture, reader))
+        known = None if config is None else _collected(problems, lambda: read_architecture(config))
+        own = [_own_architecture(path, known, problems) for path in paths]
+        readers = [_collected(problems, lambda path=path: stack.enter_context(_reader(path))) for path in paths]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
-        yield folders
+        default = next((architecture for architecture in own if architecture is not None), None)
+        with_state = all(isinstance(reader, DistReader) and state_keys(reader) for reader in readers)
+        yield [
+            _open_folder(path, reader, architecture or default, with_state=with_state)
+            for path, reader, architecture in zip(paths, readers, own, strict=True)
+            if reader is not None
+        ]
+
+
+def _own_architecture(path: Path, known: Architecture | None, problems: list[str]) -> Architecture | None:
+    """Of the config.json that lies in a folder; `known` in place of a checkpoint's."""
+    if not path.is_dir():
+        return None  # the reader says so
+    if not (path / METADATA).exists():
+        return _collected(problems, lambda: read_architecture(path))
+    inner = path / CONFIG_FOLDER
+    if known is None and (inner / CONFIG_FILE).exists():
+        return _collected(problems, lambda: read_architecture(inner))
+    return known
+
+
+def _reader(path: Path) -> HFReader | DistReader:
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder; give a Hugging Face model folder or a distributed checkpoint")
+    return DistReader(path) if (path / METADATA).exists() else HFReader(path)
+
+
+def _collected(problems: list[str], read: Callable[[], T]) -> T | None:
+    """What `read` gives; its error goes to `problems`."""
+    try:
+        return read()
+    except ConfigError as error:
+        problems += error.problems
+    except CheckpointError as error:
+        problems.append(str(error))
+    return None
+
+
+def _open_folder(
+    path: Path, reader: HFReader | DistReader, architecture: Architecture | None, *, with_state: bool
+) -> OpenFolder:
+    if isinstance(reader, HFReader):
+        return OpenFolder(path, architecture, HFTensors(reader))
+    faults = [] if architecture is None else model_faults(reader, architecture, folder=path)
+    known = None if faults else architecture
+    return OpenFolder(path, known, DistTensors(reader, known, with_state=with_state), faults=faults)
 
 
 def vocabulary_faults(folder: OpenFolder) -> list[str]:
-    """Rows beyond config.json's vocab_size in the embedding or the output layer: the trainer's padding, leaked."""
+    """Rows beyond config.json's vocab_size: of no use in a Hugging Face folder, zero in a distributed checkpoint."""
+    if folder.architecture is None:
+        return []
+    if isinstance(folder.tensors, DistTensors):
+        return folder.tensors.padding_faults(folder.path)
     vocab_size = folder.architecture.vocab_size
     return [
         f"{folder.path / folder.file(name)}: {name} has {rows} rows: vocab_size = {vocab_size} in config.json; rows that "
         "pad the vocabulary must be cut off"
         for megatron in (EMBEDDING, OUTPUT_LAYER)
         for name in _stored_names(folder.architecture, megatron)
-        if folder.has(name) and (rows := (*folder.reader.shape(name), 0)[0]) > vocab_size
+        if folder.has(name) and (rows := (*folder.tensors.shape(name), 0)[0]) > vocab_size
     ]
 
 
 def tie_faults(folder: OpenFolder) -> list[str]:
     """Weights that are tied or not, against what config.json says; the tensors must have been read."""
-    architecture, digests = folder.architecture, folder.slices.digests
+    architecture, digests = folder.architecture, folder.digests
+    if architecture is None:
+        return []
     ((embedding,), (output,)) = (_stored_names(architecture, name) for name in (EMBEDDING, OUTPUT_LAYER))
     if not architecture.tied and not folder.has(output):
         return [f"{folder.path}: tie_word_embeddings = false, yet there is no {output}; export the folder again"]
@@ -105,11 +171,11 @@ def tie_faults(folder: OpenFolder) -> list[str]:
 def expert_faults(folder: OpenFolder) -> list[str]:
     """Experts of a layer that hold the same tensor: random or trained ones never do. They must have been read."""
     faults: list[str] = []
-    for names in _expert_tensors(folder.architecture):
+    for names in [] if folder.architecture is None else _expert_tensors(folder.architecture):
         by_digest: dict[bytes, list[str]] = {}
         for name in names:
-            if name in folder.slices.digests:
-                by_digest.setdefault(folder.slices.digests[name], []).append(name)
+            if name in folder.digests:
+                by_digest.setdefault(folder.digests[name], []).append(name)
         faults += [
             f"{folder.path}: experts of one layer hold the same tensor: {', '.join(same)}; export the folder again"
             for same in by_digest.values()

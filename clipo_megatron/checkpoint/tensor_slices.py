@@ -1,4 +1,4 @@
-"""The bytes of a model folder's tensors, slice by slice into buffers of the caller; what single elements hold.
+"""The bytes of a folder's tensors, slice by slice into buffers of the caller; what single elements hold.
 
 Plain file reads, not mapped files: a mapped file of 500 GB fills the memory of a job that is held to a limit.
 """
@@ -6,19 +6,19 @@ Plain file reads, not mapped files: a mapped file of 500 GB fills the memory of 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import math
 import sys
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from clipo_megatron.errors import ConfigError
+from clipo_megatron.weights.finite import all_finite
 from clipo_megatron.weights.hf_folder import HFReader
-from clipo_megatron.weights.safetensors_header import StoredTensor
 
 # Compared at once: small enough for the cache, and the mask stays small whatever the slice.
 _BLOCK_BYTES = 2**20
@@ -26,18 +26,69 @@ _WIDTHS = (1, 2, 4, 8)
 _INTEGERS = {"I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
 
 
-class TensorSlices:
-    """Reads tensors of one folder and keeps digests of those in `digested`.
+class StoredTensors(Protocol):
+    """The tensors of a folder, whatever its format."""
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order in which they are read fastest."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        ...
+
+    def dtype(self, name: str) -> str:
+        """Number format: torch's name without the prefix for floating point, else the file format's."""
+        ...
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of a tensor."""
+        ...
+
+    def file(self, name: str, place: tuple[int, ...]) -> str:
+        """Name of the file that holds an element of a tensor."""
+        ...
+
+    def read(self, name: str, buffer: memoryview) -> Iterator[memoryview]:
+        """The bytes of a tensor, in parts of the length of `buffer`; each part is valid until the next one.
+
+        Raises:
+            ConfigError: the file can't be read.
+            CheckpointError: the file is damaged.
+        """
+        ...
+
+
+class HFTensors:
+    """The tensors of a Hugging Face folder, as `StoredTensors`.
 
     Args:
         reader: open on the folder; its headers say where the bytes are.
-        digested: names of tensors whose SHA-256 is kept once they were read to the end.
     """
 
-    def __init__(self, reader: HFReader, *, digested: Set[str]) -> None:
-        self.digests: dict[str, bytes] = {}
+    def __init__(self, reader: HFReader) -> None:
         self._reader = reader
-        self._digested = digested
+
+    def names(self) -> list[str]:
+        """In the order of the files, so that they are read from front to back."""
+        return sorted(self._reader.names(), key=lambda name: (self.file(name), self._reader.stored(name)[1].start))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._reader.shape(name)
+
+    def dtype(self, name: str) -> str:
+        """Number format of a tensor."""
+        return self._reader.dtype(name)
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of a tensor."""
+        return self._reader.stored(name)[1].num_bytes
+
+    def file(self, name: str, place: tuple[int, ...] = ()) -> str:
+        """Name of the file that holds a tensor."""
+        del place  # a tensor lies in one file
+        return self._reader.stored(name)[0].name
 
     def read(self, name: str, buffer: memoryview) -> Iterator[memoryview]:
         """The bytes of a tensor, in parts of the length of `buffer`; each part is valid until the next one.
@@ -46,23 +97,18 @@ class TensorSlices:
             ConfigError: the file can't be read, or became shorter after its header was checked.
         """
         path, stored = self._reader.stored(name)
-        digest = hashlib.sha256()
         with _refused_if_unreadable(path), path.open("rb", buffering=0) as file:
             file.seek(stored.start)
             for start in range(0, stored.num_bytes, len(buffer)):
                 part = buffer[: min(len(buffer), stored.num_bytes - start)]
                 _fill(part, file, path)
-                if name in self._digested:
-                    digest.update(part)
                 yield part
-        if name in self._digested:
-            self.digests[name] = digest.digest()
 
 
-def element_bytes(stored: StoredTensor) -> int:
+def element_bytes(shape: tuple[int, ...], num_bytes: int) -> int:
     """Bytes of one element; 1 for formats whose elements are no whole bytes, so that bytes are compared."""
-    count = math.prod(stored.shape)
-    width = stored.num_bytes // count if count and stored.num_bytes % count == 0 else 1
+    count = math.prod(shape)
+    width = num_bytes // count if count and num_bytes % count == 0 else 1
     return width if width in _WIDTHS else 1
 
 
@@ -104,6 +150,8 @@ def nonfinite_elements(part: memoryview, *, dtype: str) -> tuple[int, int]:
     count, index = 0, -1
     block = _BLOCK_BYTES // values.element_size()
     for start in range(0, len(values), block):
+        if all_finite(values[start : start + block]):
+            continue
         wrong = ~values[start : start + block].isfinite()
         found = int(wrong.sum())
         if found and index < 0:

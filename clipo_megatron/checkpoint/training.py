@@ -1,53 +1,59 @@
-"""Training checkpoints on disk: one folder a step, written beside and renamed, with a manifest that says what is in it.
+"""Training checkpoints on disk: one folder a step, written beside and renamed when all its files are there.
 
-A folder `step_00000010` is complete by construction: it gets that name only after all its files are on disk.
-The manifest holds the size and the checksum of every file, and a checksum of itself; a resume begins with their check.
-What each rank writes is the policy's business.
+What each rank writes is the policy's business; the driver adds the index, the recipe, the model's configuration and
+tokenizer, and at last the manifest. The link `latest` follows the rename; a resume lists the folders instead.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Container
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-from clipo_megatron.checkpoint.checksum import content_faults
+from clipo_megatron.checkpoint.conversion_record import CONFIG_FOLDER, versions
+from clipo_megatron.checkpoint.dist_index import WrittenFile, sync_folder, write_index
+from clipo_megatron.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    Progress,
+    list_checkpoints,
+    manifest_text,
+    parse_manifest,
+    read_whole,
+    step_name,
+)
+from clipo_megatron.checkpoint.retention import Retention, remove_folder, remove_old
 from clipo_megatron.errors import CheckpointError
+from clipo_megatron.weights.architecture import CONFIG_FILE
+from clipo_megatron.weights.hf_folder import COMPANION_FILES
 
-MANIFEST = "manifest.json"
-_STEP = re.compile(r"step_(\d{8})")
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """Where a run stands between two steps: all that the driver needs to go on."""
-
-    step: int = 0
-    """Training steps done."""
-    version: int = 0
-    """Version of the policy's weights: steps in which the policy was updated."""
-    prompts_taken: int = 0
-    """Position in the endless prompt order."""
+RECIPE_FILE, POLICY_FILE = "recipe.yaml", "policy.json"
+LATEST = "latest"
+_LEFTOVER = re.compile(r"\.step_\d{8}\.(tmp|old)|\.latest\.tmp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What a checkpoint holds and what it belongs to."""
+class RunIdentity:
+    """What all checkpoints of a run belong to."""
 
-    progress: Progress
     fingerprint: str
     """Of the recipe."""
     data_hash: str
     """Of the training prompts."""
-    files: dict[str, int]
-    """Bytes of each file in the folder, the manifest left out."""
-    checksums: dict[str, str]
-    """`file_checksum` of each of `files`."""
+    recipe: str
+    """The recipe as YAML."""
+    model_path: Path
+    """Hugging Face folder, whose configuration and tokenizer are copied."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,177 +61,196 @@ class Resume:
     """A checkpoint whose files have all been compared with their checksums."""
 
     checkpoint: Path
-    progress: Progress
+    manifest: Manifest
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return self.manifest.progress
 
 
-def save_checkpoint(
-    folder: Path,
-    progress: Progress,
-    *,
-    write_ranks: Callable[[Path], dict[str, str]],
-    fingerprint: str,
-    data_hash: str,
-    keep: int,
-) -> Path:
-    """Write the checkpoint of `progress.step` and remove all but the newest `keep`.
+def open_checkpoint(folder: Path, step: int) -> Path:
+    """Make the folder in which the ranks write the checkpoint of a step: beside its place, under another name.
 
     Args:
         folder: the run's checkpoint folder, on a file system that all ranks share.
-        progress: where the run stands.
-        write_ranks: makes every rank write its share into the folder it is given; returns `file_checksum` of each file,
-            by name.
-        fingerprint: of the recipe.
-        data_hash: of the training prompts.
-        keep: checkpoints left on disk afterwards, >= 1.
+        step: training steps done.
 
     Raises:
-        CheckpointError: the disk is full, the folder can't be written, or does not hold the files that the ranks wrote;
-            older checkpoints are untouched.
+        CheckpointError: it can't be made.
     """
-    final = folder / f"step_{progress.step:08d}"
-    beside = folder / f".{final.name}.tmp"
-    try:
+    beside = folder / f".{step_name(step)}.tmp"
+    with _explained(folder / step_name(step)):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        checksums = write_ranks(beside)
-        files = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
-        if differing := sorted(files.keys() ^ checksums.keys()):
-            raise CheckpointError(
-                f"checkpoint {final}: {', '.join(differing)}: the driver finds {len(files)} files, the ranks wrote "
-                f"{len(checksums)}; put run.folder on a file system that all nodes share"
-            )
-        manifest = Manifest(
-            progress=progress, fingerprint=fingerprint, data_hash=data_hash, files=files, checksums=checksums
-        )
-        (beside / MANIFEST).write_text(_manifest_text(manifest))
-        for path in beside.iterdir():
-            _sync_to_disk(path)
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        _sync_to_disk(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint {final}: can't be written: {error}; older checkpoints are untouched"
-        ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
+    return beside
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _STEP.fullmatch(path.name))
+def close_checkpoint(
+    beside: Path,
+    *,
+    progress: Progress,
+    run: RunIdentity,
+    sound: bool,
+    accuracy: float | None,
+    files: Sequence[WrittenFile],
+    policy: Mapping[str, object],
+) -> tuple[Path, int]:
+    """Add the driver's files and the manifest to what the ranks have written, and give the folder its name.
 
+    Args:
+        beside: of `open_checkpoint`.
+        progress: where the run stood when the ranks copied their state.
+        run: what the checkpoint belongs to.
+        sound: see `Manifest`.
+        accuracy: see `Manifest`.
+        files: that all ranks wrote and synced to disk.
+        policy: the policy's state beside its tensors; JSON types.
 
-def read_manifest(checkpoint: Path) -> Manifest:
-    """Read a checkpoint's manifest and compare names and sizes of the files on disk with it.
+    Returns:
+        (the checkpoint's folder, bytes of all its files).
 
     Raises:
-        CheckpointError: no manifest, damaged, or without checksums; a file is missing, has another size or is none of
-            the manifest's. Then the contents are checked too: the message names all damaged files and what to do.
+        CheckpointError: the disk is full, the folder can't be written, does not hold the files that the ranks wrote, or
+            their parts leave holes in a tensor. Older checkpoints are untouched.
     """
-    manifest = _parse_manifest(checkpoint)
-    if isinstance(manifest, str) or _folder_faults(checkpoint, manifest):
-        raise _refusal(checkpoint, find_damage(checkpoint))
-    return manifest
+    final = beside.parent / step_name(progress.step)
+    with _explained(final):
+        _check_visible(beside, final, files)
+        written = {file.name: (file.num_bytes, file.checksum) for file in files}
+        written |= write_index(beside, files)
+        for name, content in _driver_files(run, policy):
+            written[name] = _write(beside / name, content)
+        manifest = Manifest(
+            progress=progress,
+            fingerprint=run.fingerprint,
+            data_hash=run.data_hash,
+            sound=sound,
+            accuracy=accuracy,
+            versions=versions() | {"megatron-core": version("megatron-core")},
+            files={name: size for name, (size, _) in sorted(written.items())},
+            checksums={name: checksum for name, (_, checksum) in sorted(written.items())},
+        )
+        size, _ = _write(beside / MANIFEST, manifest_text(manifest).encode())
+        sync_folder(beside / CONFIG_FOLDER)
+        sync_folder(beside)
+        remove_folder(final)
+        beside.rename(final)
+        sync_folder(final.parent)
+    point_latest(final.parent)
+    return final, size + sum(manifest.files.values())
+
+
+def apply_retention(folder: Path, retention: Retention) -> None:
+    """Remove the checkpoints that are not to be kept.
+
+    Raises:
+        CheckpointError: a folder can't be removed.
+    """
+    try:
+        remove_old(folder, retention)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: an old checkpoint can't be removed ({error}); the newest is complete. Mend the folder and go on"
+        ) from error
+
+
+def discard_leftovers(folder: Path) -> None:
+    """Remove what a killed run was writing or removing, and let `latest` name the newest checkpoint again.
+
+    Args:
+        folder: the run's checkpoint folder; no other process may be writing in it.
+    """
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if _LEFTOVER.fullmatch(path.name):
+            logger.info("removing %s, which an interrupted run left unfinished", path)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+    point_latest(folder)
 
 
 def find_resume(folder: Path) -> Resume | None:
     """The newest checkpoint of a run, after a check of all its bytes; None when there is no checkpoint.
 
+    The folders themselves are listed: `latest` may be older, or point to what was moved away.
+
     Args:
         folder: the run's checkpoint folder.
 
     Raises:
-        CheckpointError: the checkpoint is damaged. Names all damaged files and the newest older checkpoint that is sound.
+        CheckpointError: the checkpoint is damaged. Names all damaged files and the newest older checkpoint that is not.
     """
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         return None
-    manifest = read_manifest(checkpoints[-1])
-    if faults := _content_faults(checkpoints[-1], manifest):
-        raise _refusal(checkpoints[-1], faults)
-    return Resume(checkpoint=checkpoints[-1], progress=manifest.progress)
-
-
-def find_damage(checkpoint: Path) -> list[str]:
-    """All that is wrong with a checkpoint, one line a file; reads all its bytes. Empty when it is sound."""
-    manifest = _parse_manifest(checkpoint)
-    if isinstance(manifest, str):
-        return [manifest]
-    faults = _folder_faults(checkpoint, manifest)
-    return [*faults.values(), *_content_faults(checkpoint, manifest, left_out=faults)]
-
-
-def _manifest_text(manifest: Manifest) -> str:
-    content = asdict(manifest)
-    own = zlib.crc32(json.dumps(content).encode())
-    return json.dumps(content | {"manifest_checksum": f"{own:08x}"}, indent=1)
-
-
-def _parse_manifest(checkpoint: Path) -> Manifest | str:
-    """The manifest, or what is wrong with it."""
-    try:
-        text = (checkpoint / MANIFEST).read_bytes().decode()
-        content = json.loads(text)
-        if "files" in content and not {"checksums", "manifest_checksum"} & content.keys():
-            return (
-                f"{MANIFEST} has no checksums: an earlier version of clipo_megatron wrote it; go on with that version, or "
-                "choose another run.name"
-            )
-        manifest = Manifest(
-            progress=Progress(**content["progress"]),
-            fingerprint=content["fingerprint"],
-            data_hash=content["data_hash"],
-            files=content["files"],
-            checksums=content["checksums"],
+    newest = checkpoints[-1]
+    manifest = read_whole(newest)
+    if not manifest.sound:
+        good = [
+            path
+            for path in checkpoints
+            if (older := parse_manifest(path)) and not isinstance(older, str) and older.sound
+        ]
+        logger.warning(
+            "%s: losses or gradients before it were not finite; %s",
+            newest,
+            f"{good[-1]} is the newest before that: to go on from it, rename all newer ones"
+            if good
+            else "no older one is left",
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} can't be read ({error})"
-    # Compared as text: it has one form only, so that any changed byte is found.
-    if text != _manifest_text(manifest):
-        return f"{MANIFEST} does not have the content that its own checksum says"
-    return manifest
+    return Resume(checkpoint=newest, manifest=manifest)
 
 
-def _folder_faults(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
-    """Files that are missing, of another size, or none of the manifest's: name to a line that says so."""
-    faults: dict[str, str] = {}
-    for name, size in manifest.files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            faults[name] = f"{name} is missing, its manifest says {size} bytes"
-        elif (found := file.stat().st_size) != size:
-            faults[name] = f"{name} has {found} bytes, its manifest says {size} bytes"
-    extra = {path.name for path in checkpoint.iterdir()} - manifest.files.keys() - {MANIFEST}
-    return faults | {name: f"{name} is not in its manifest" for name in sorted(extra)}
-
-
-def _content_faults(checkpoint: Path, manifest: Manifest, *, left_out: Container[str] = ()) -> list[str]:
-    checksums = {name: checksum for name, checksum in manifest.checksums.items() if name not in left_out}
-    return [f"{name} {fault}" for name, fault in content_faults(checkpoint, checksums).items()]
-
-
-def _refusal(checkpoint: Path, faults: list[str]) -> CheckpointError:
-    """The error for a damaged checkpoint; looks for the newest older one that is sound."""
-    message = f"checkpoint {checkpoint} can't be resumed from: {'; '.join(faults)}. "
-    bad = [checkpoint]
-    for older in reversed([path for path in list_checkpoints(checkpoint.parent) if path.name < checkpoint.name]):
-        if not find_damage(older):
-            names = ", ".join(str(path) for path in bad)
-            return CheckpointError(f"{message}{older} is sound: remove or rename {names} to go on from it")
-        bad.append(older)
-    others = f" ({', '.join(path.name for path in bad[1:])} checked, not sound either)" if bad[1:] else ""
-    return CheckpointError(
-        f"{message}No older checkpoint is sound{others}: restore the files, or choose another run.name to start over"
-    )
-
-
-def _sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def point_latest(folder: Path) -> None:
+    """Let the link `latest` name the newest checkpoint; it is replaced in one move, and only after the folder's rename."""
+    link, beside = folder / LATEST, folder / f".{LATEST}.tmp"
+    checkpoints = list_checkpoints(folder)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if not checkpoints:
+            link.unlink(missing_ok=True)
+            return
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(checkpoints[-1].name)
+        beside.replace(link)
+    except OSError as error:  # a file system without links: nothing but this name is lost
+        logger.warning("%s: can't be set (%s); a resume does not need it", link, error)
+
+
+def _check_visible(beside: Path, final: Path, files: Sequence[WrittenFile]) -> None:
+    there = {path.name: path.stat().st_size for path in beside.iterdir()}
+    wrote = {file.name: file.num_bytes for file in files}
+    if differing := sorted(name for name in there.keys() | wrote.keys() if there.get(name) != wrote.get(name)):
+        name = differing[0]
+        raise CheckpointError(
+            f"checkpoint {final}: {', '.join(differing)}: the driver finds {there.get(name, 'no')} bytes of {name}, the ranks "
+            f"wrote {wrote.get(name, 'no')}; put run.folder on a file system that all nodes share"
+        )
+
+
+def _driver_files(run: RunIdentity, policy: Mapping[str, object]) -> Iterator[tuple[str, bytes]]:
+    yield RECIPE_FILE, run.recipe.encode()
+    yield POLICY_FILE, json.dumps(policy, indent=1, sort_keys=True).encode()
+    for name in (CONFIG_FILE, *COMPANION_FILES):
+        if (run.model_path / name).exists():
+            yield f"{CONFIG_FOLDER}/{name}", (run.model_path / name).read_bytes()
+
+
+def _write(path: Path, content: bytes) -> tuple[int, str]:
+    """Write a small file and sync it to disk; its size and checksum."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(content), f"{zlib.crc32(content):08x}"
+
+
+@contextmanager
+def _explained(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {final}: can't be written: {error}; older checkpoints are untouched"
+        ) from error

@@ -1,15 +1,17 @@
-"""Model folders checked by their bytes: two against each other, or one for itself.
+"""Model folders and checkpoints checked by their bytes: two against each other, or one for itself.
 
 Tensors are read in slices, so memory does not depend on their sizes; nothing is unpickled and no code is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from clipo_megatron.checkpoint.dist_index import METADATA
+from clipo_megatron.checkpoint.dist_tensors import damage
 from clipo_megatron.checkpoint.open_folder import (
     OpenFolder,
     expert_faults,
@@ -24,7 +26,7 @@ from clipo_megatron.checkpoint.tensor_slices import (
     position,
     unequal_elements,
 )
-from clipo_megatron.errors import ConfigError
+from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.weights.folder_check import model_folder_problems
 
 SLICE_BYTES = 64 * 2**20
@@ -64,6 +66,8 @@ class VerifyReport:
     """In the order of the first folder's files; tensors of the second alone come last."""
     faults: tuple[str, ...]
     """What is wrong inside a folder, or between the two configurations: one line each."""
+    notes: tuple[str, ...] = ()
+    """What was not checked, and why: one line each."""
 
     @property
     def is_clean(self) -> bool:
@@ -72,27 +76,83 @@ class VerifyReport:
 
 
 def verify_folders(
-    first: Path, second: Path, *, slice_bytes: int = SLICE_BYTES, on_progress: OnProgress | None = None
+    first: Path,
+    second: Path,
+    *,
+    config: Path | None = None,
+    slice_bytes: int = SLICE_BYTES,
+    on_progress: OnProgress | None = None,
 ) -> VerifyReport:
-    """Compare names, shapes, dtypes and bits of two model folders; how they are cut into files does not matter.
+    """Compare names, shapes, dtypes and bits of two folders; how they are cut into files does not matter.
 
-    Inside each folder, no two experts of a layer may hold the same tensor, tied weights must be tied, and there must
-    be no vocabulary rows beyond config.json's vocab_size.
+    Files are compared with their checksums first, where a manifest holds some.
+    Inside each folder, no two experts of a layer may hold the same tensor, tied weights must be tied, and rows beyond
+    config.json's vocab_size must not be there or, in a distributed checkpoint, be zero.
 
     Args:
-        first: Hugging Face model folder.
+        first: Hugging Face model folder or distributed checkpoint.
         second: another one.
+        config: folder with the config.json of checkpoints; see `opened_folders`.
         slice_bytes: read at once from each folder, a multiple of 8; memory is about twice that.
         on_progress: called after each slice.
 
     Raises:
         ConfigError: a folder can't be read; all faults of both.
     """
-    with opened_folders((first, second)) as (a, b):
-        names = [*a.names(), *(name for name in b.names() if not a.has(name))]
+    return _with_damage(
+        (first, second), lambda: _compare_folders(first, second, config, slice_bytes, on_progress), on_progress
+    )
+
+
+def verify_folder(
+    folder: Path,
+    *,
+    config: Path | None = None,
+    slice_bytes: int = SLICE_BYTES,
+    on_progress: OnProgress | None = None,
+) -> VerifyReport:
+    """Read all of one folder: damaged files, values that are not finite, and what `verify_folders` checks inside each.
+
+    Args:
+        folder: Hugging Face model folder or distributed checkpoint.
+        config: folder with the config.json of a checkpoint; None takes that which lies in it.
+        slice_bytes: read at once, a multiple of 8.
+        on_progress: called after each slice.
+
+    Raises:
+        ConfigError: all that is wrong with its names, shapes, dtypes, files and tokenizer.
+    """
+    return _with_damage((folder,), lambda: _check_folder(folder, config, slice_bytes, on_progress), on_progress)
+
+
+def _with_damage(
+    folders: Sequence[Path], verify: Callable[[], VerifyReport], on_progress: OnProgress | None
+) -> VerifyReport:
+    """The report on the tensors, headed by the files that differ from their checksums."""
+    damaged: list[str] = []
+    for folder in folders:
+        if on_progress is not None and (folder / METADATA).exists():
+            on_progress(f"checksums of {folder}", 0, 1)
+        damaged += damage(folder)
+    try:
+        report = verify()
+    except (ConfigError, CheckpointError):
+        if not damaged:
+            raise
+        return _of_faults(damaged)
+    return replace(report, faults=tuple(dict.fromkeys([*damaged, *report.faults])))
+
+
+def _compare_folders(
+    first: Path, second: Path, config: Path | None, slice_bytes: int, on_progress: OnProgress | None
+) -> VerifyReport:
+    with opened_folders((first, second), config=config) as (a, b):
+        if a.faults or b.faults:
+            return _of_faults([*a.faults, *b.faults])
+        names = [*a.tensors.names(), *(name for name in b.tensors.names() if not a.has(name))]
         unlike = {name: found for name in names if (found := _header_difference(name, a, b))}
         total = sum(
-            folder.num_bytes(name)
+            folder.tensors.num_bytes(name)
             for name in names
             for folder in (a, b)
             if name not in unlike or name in folder.digested
@@ -108,43 +168,52 @@ def verify_folders(
                 continue
             for folder in (a, b):
                 if name in folder.digested:
-                    for part in folder.slices.read(name, buffers[0]):
+                    for part in folder.read(name, buffers[0]):
                         progress.add(name, len(part))
         faults = _config_differences(a, b)
         for folder in (a, b):
             faults += [*vocabulary_faults(folder), *tie_faults(folder), *expert_faults(folder)]
-    return VerifyReport(
-        num_tensors=len(names),
-        bytes_read=progress.done,
-        differences=tuple(differences[name] for name in names if name in differences),
-        faults=tuple(dict.fromkeys(faults)),
-    )
-
-
-def verify_folder(
-    folder: Path, *, slice_bytes: int = SLICE_BYTES, on_progress: OnProgress | None = None
-) -> VerifyReport:
-    """Read all of one model folder: values that are not finite, and experts of a layer that hold the same tensor.
-
-    Args:
-        folder: Hugging Face model folder.
-        slice_bytes: read at once, a multiple of 8.
-        on_progress: called after each slice.
-
-    Raises:
-        ConfigError: all that is wrong with its names, shapes, dtypes, files and tokenizer.
-    """
-    problems = model_folder_problems(folder)
-    if problems:
-        raise ConfigError(problems)
-    with opened_folders((folder,)) as (only,):
-        progress = _Progress(sum(only.num_bytes(name) for name in only.names()), on_progress)
-        (buffer,) = _buffers(1, slice_bytes)
-        faults = [fault for name in only.names() for fault in _nonfinite_fault(name, only, buffer, progress)]
-        faults += expert_faults(only)
         return VerifyReport(
-            num_tensors=len(only.names()), bytes_read=progress.done, differences=(), faults=tuple(faults)
+            num_tensors=len(names),
+            bytes_read=progress.done,
+            differences=tuple(differences[name] for name in names if name in differences),
+            faults=tuple(faults),
+            notes=_notes((a, b)),
         )
+
+
+def _check_folder(folder: Path, config: Path | None, slice_bytes: int, on_progress: OnProgress | None) -> VerifyReport:
+    if not (folder / METADATA).exists() and (problems := model_folder_problems(folder)):
+        raise ConfigError(problems)
+    with opened_folders((folder,), config=config) as (only,):
+        if only.faults:
+            return _of_faults(only.faults)
+        names = only.tensors.names()
+        progress = _Progress(sum(only.tensors.num_bytes(name) for name in names), on_progress)
+        (buffer,) = _buffers(1, slice_bytes)
+        faults = [fault for name in names for fault in _nonfinite_fault(name, only, buffer, progress)]
+        faults += [*vocabulary_faults(only), *tie_faults(only), *expert_faults(only)]
+        return VerifyReport(
+            num_tensors=len(names),
+            bytes_read=progress.done,
+            differences=(),
+            faults=tuple(faults),
+            notes=_notes((only,)),
+        )
+
+
+def _of_faults(faults: Sequence[str]) -> VerifyReport:
+    """What is wrong with files or keys, so that no tensor was compared."""
+    return VerifyReport(num_tensors=0, bytes_read=0, differences=(), faults=tuple(faults))
+
+
+def _notes(folders: Sequence[OpenFolder]) -> tuple[str, ...]:
+    return tuple(
+        f"{folder.path}: no config.json is known, so that its vocabulary's padding, tied weights and experts were not "
+        "checked; name the model's Hugging Face folder with --config"
+        for folder in folders
+        if folder.architecture is None
+    )
 
 
 class _Progress:
@@ -172,10 +241,10 @@ def _header_difference(name: str, a: OpenFolder, b: OpenFolder) -> Difference | 
         kind, detail = "only in first", f"not in {b.path}"
     elif not a.has(name):
         kind, detail = "only in second", f"not in {a.path}"
-    elif a.reader.shape(name) != b.reader.shape(name):
-        kind, detail = "shape", f"shape {a.reader.shape(name)} and {b.reader.shape(name)}"
-    elif a.reader.dtype(name) != b.reader.dtype(name):
-        kind, detail = "dtype", f"dtype {a.reader.dtype(name)} and {b.reader.dtype(name)}"
+    elif a.tensors.shape(name) != b.tensors.shape(name):
+        kind, detail = "shape", f"shape {a.tensors.shape(name)} and {b.tensors.shape(name)}"
+    elif a.tensors.dtype(name) != b.tensors.dtype(name):
+        kind, detail = "dtype", f"dtype {a.tensors.dtype(name)} and {b.tensors.dtype(name)}"
     else:
         return None
     return Difference(tensor=name, kind=kind, first_file=a.file(name), second_file=b.file(name), detail=detail)
@@ -184,26 +253,26 @@ def _header_difference(name: str, a: OpenFolder, b: OpenFolder) -> Difference | 
 def _bit_difference(
     name: str, a: OpenFolder, b: OpenFolder, buffers: list[memoryview], progress: _Progress
 ) -> Difference | None:
-    stored = a.reader.stored(name)[1]
-    width = element_bytes(stored)
+    shape, dtype = a.tensors.shape(name), a.tensors.dtype(name)
+    width = element_bytes(shape, a.tensors.num_bytes(name))
     total, first_index, values, offset = 0, -1, ("", ""), 0
-    for parts in zip(a.slices.read(name, buffers[0]), b.slices.read(name, buffers[1]), strict=True):
+    for parts in zip(a.read(name, buffers[0]), b.read(name, buffers[1]), strict=True):
         count, index = unequal_elements(*parts, width=width)
         if count and first_index < 0:
             first_index = offset + index
-            one, other = (element_text(part, index, dtype=stored.dtype, width=width) for part in parts)
+            one, other = (element_text(part, index, dtype=dtype, width=width) for part in parts)
             values = (one, other)
         total += count
         offset += len(parts[0]) // width
         progress.add(name, 2 * len(parts[0]))
     if not total:
         return None
-    place = position(first_index, stored.shape)
+    place = position(first_index, shape)
     return Difference(
         tensor=name,
         kind="bits",
-        first_file=a.file(name),
-        second_file=b.file(name),
+        first_file=a.file(name, place),
+        second_file=b.file(name, place),
         detail=f"{total} of {offset} elements differ, first at {list(place)}: {values[0]} and {values[1]}",
         position=place,
         num_differing=total,
@@ -211,27 +280,30 @@ def _bit_difference(
 
 
 def _nonfinite_fault(name: str, folder: OpenFolder, buffer: memoryview, progress: _Progress) -> list[str]:
-    stored = folder.reader.stored(name)[1]
-    width = element_bytes(stored)
+    shape, dtype = folder.tensors.shape(name), folder.tensors.dtype(name)
+    width = element_bytes(shape, folder.tensors.num_bytes(name))
     total, first_index, value, offset = 0, -1, "", 0
-    for part in folder.slices.read(name, buffer):
+    for part in folder.read(name, buffer):
         # Only the derived rotary frequencies of old folders may have another format.
-        count, index = nonfinite_elements(part, dtype=stored.dtype) if "float" in stored.dtype else (0, -1)
+        count, index = nonfinite_elements(part, dtype=dtype) if "float" in dtype else (0, -1)
         if count and first_index < 0:
-            first_index, value = offset + index, element_text(part, index, dtype=stored.dtype, width=width)
+            first_index, value = offset + index, element_text(part, index, dtype=dtype, width=width)
         total += count
         offset += len(part) // width
         progress.add(name, len(part))
     if not total:
         return []
+    place = position(first_index, shape)
     return [
-        f"{folder.path / folder.file(name)}: {name}: {total} of {offset} elements are not finite, first at "
-        f"{list(position(first_index, stored.shape))}: {value}; take the folder of an earlier step"
+        f"{folder.path / folder.file(name, place)}: {name}: {total} of {offset} elements are not finite, first at "
+        f"{list(place)}: {value}; take the folder of an earlier step"
     ]
 
 
 def _config_differences(a: OpenFolder, b: OpenFolder) -> list[str]:
     """Keys that make another model of the same tensors; the tensors' dtypes are compared themselves."""
+    if a.architecture is None or b.architecture is None:
+        return []
     first, second = asdict(a.architecture), asdict(b.architecture)
     return [
         f"config.json: {key} is {first[key]} in {a.path} and {second[key]} in {b.path}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from clipo_megatron.checks.host_memory import available_bytes
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.recipe.sections import LayoutSection
@@ -24,7 +25,6 @@ from clipo_megatron.weights.reduced import (
 Weights = Literal["real", "random"]
 
 _LEAST_LAYERS = 4
-_MEMORY_FILE = Path("/proc/meminfo")
 _RANK_BYTES = 300 * 2**20
 """Of a process that has imported Megatron and holds no weight, beyond what ranks share."""
 # Float32 weights, gradients, two moments, and a copy for the reference policy.
@@ -116,16 +116,12 @@ def check_memory(choice: ModelChoice, layout: ParallelLayout) -> None:
     Raises:
         ConfigError: the model is too large, by a rough estimate.
     """
-    if choice.is_shrunk or not _MEMORY_FILE.exists():
+    available = available_bytes()
+    if choice.is_shrunk or available is None:
         return
     count = parameter_count(replace(read_architecture(choice.source), num_layers=choice.num_layers))
     replicas = layout.dp * layout.cp
     needed = count * (_BYTES_OF_PARAMETER * replicas + _BYTES_COMPARED) + layout.world_size * _RANK_BYTES
-    available = next(
-        int(line.split()[1]) * 1024
-        for line in _MEMORY_FILE.read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
     if needed > available:
         raise ConfigError(
             f"--layers {choice.num_layers}: {count / 1e9:.2f} G parameters in float32, {replicas} times, need about "

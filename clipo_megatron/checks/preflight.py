@@ -6,15 +6,15 @@ import importlib.util
 import os
 from pathlib import Path
 
-import yaml
-
-from clipo_megatron.checkpoint.training import list_checkpoints, read_manifest
+from clipo_megatron.checks.resume import resume_problems
+from clipo_megatron.checks.start_weights import weights_problems
 from clipo_megatron.data.prompts import PromptSet
 from clipo_megatron.data.rows import read_rows_problems
-from clipo_megatron.errors import CheckpointError, ConfigError
+from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.sections import ExpertsSection
 from clipo_megatron.weights.architecture import read_architecture
+from clipo_megatron.weights.families import FAMILIES
 from clipo_megatron.weights.folder_check import model_folder_problems
 
 _FP8_SIZE = 16
@@ -32,6 +32,7 @@ def file_problems(recipe: Recipe) -> list[str]:
             etp=recipe.layout.etp,
             rollout_tp=recipe.rollout.tp,
         ),
+        *weights_problems(recipe.model.weights, Path(recipe.model.path)),
         *expert_problems(recipe),
         *_precision_problems(recipe),
         *read_rows_problems([*recipe.data.train, *recipe.data.evaluation]),
@@ -63,7 +64,7 @@ def device_problems(recipe: Recipe) -> list[str]:
 
 def data_problems(train: PromptSet, recipe: Recipe) -> list[str]:
     """What is known only once the prompts are tokenised: none left, or a checkpoint of other data."""
-    problems = []
+    problems: list[str] = []
     if not len(train):
         problems.append(
             f"data.train: no prompt has at most data.max_prompt_tokens = {recipe.data.max_prompt_tokens} tokens "
@@ -74,13 +75,7 @@ def data_problems(train: PromptSet, recipe: Recipe) -> list[str]:
             f"algorithm.prompts_per_step = {recipe.algorithm.prompts_per_step}: data.train has {len(train)} prompts, and a "
             "step must not hold a prompt twice; lower it or add data"
         )
-    for checkpoint in list_checkpoints(_folder(recipe) / "checkpoints")[-1:]:
-        manifest = read_manifest(checkpoint)
-        if manifest.data_hash != train.hash:
-            problems.append(
-                f"data.train: the prompts differ from those that {checkpoint} was trained on (hash {train.hash[:12]}, "
-                f"checkpoint {manifest.data_hash[:12]}); restore the files or choose another run.name"
-            )
+    problems += resume_problems(recipe, data_hash=train.hash)
     return problems
 
 
@@ -93,34 +88,7 @@ def _run_folder_problems(recipe: Recipe) -> list[str]:
         return []
     if recipe.run.resume == "never":
         return [f"run.name = {recipe.run.name}: {folder} is not empty and run.resume = never; choose another run.name"]
-    checkpoints = list_checkpoints(folder / "checkpoints")
-    if not checkpoints:
-        return []
-    try:
-        manifest = read_manifest(checkpoints[-1])
-    except CheckpointError as error:
-        return [str(error)]
-    if manifest.fingerprint == recipe.fingerprint:
-        return []
-    changed = ", ".join(_changed_keys(folder / "recipe.yaml", recipe)) or "keys unknown"
-    return [
-        f"run.name = {recipe.run.name}: {checkpoints[-1]} was made by another recipe ({changed}); going on would mix two "
-        "runs. Undo the change or choose another run.name"
-    ]
-
-
-def _changed_keys(saved: Path, recipe: Recipe) -> list[str]:
-    """`section.key: saved -> asked` of all keys that make it another run; none when the saved recipe can't be read."""
-    try:
-        before = Recipe.model_validate(yaml.safe_load(saved.read_text())).run_defining_keys()
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
-    return [
-        f"{section}.{key}: {before[section][key]} -> {value}"
-        for section, keys in recipe.run_defining_keys().items()
-        for key, value in keys.items()
-        if before[section][key] != value
-    ]
+    return resume_problems(recipe)
 
 
 def expert_problems(recipe: Recipe) -> list[str]:
@@ -167,7 +135,7 @@ def _precision_problems(recipe: Recipe) -> list[str]:
     if experts is None:
         sizes["intermediate_size"] = (architecture.ffn_size, tp)
     else:
-        sizes["moe_intermediate_size"] = (experts.ffn_size, recipe.layout.etp)
+        sizes[FAMILIES[architecture.family].expert_keys.ffn_size] = (experts.ffn_size, recipe.layout.etp)
     return [
         f"precision.recipe = {recipe.precision.recipe}: the model's {name} = {size}, split between {degree} ranks, must be a "
         "multiple of 16 on each; choose another degree or precision.recipe=none"

@@ -11,6 +11,7 @@ import json
 import math
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -128,8 +129,12 @@ def run(args: argparse.Namespace) -> int:
     return _verdict(report)
 
 
-def parse_layout(text: str | None) -> tuple[dict[str, int], list[str]]:
+def parse_layout(text: str | None, known: Sequence[str] = _DEGREES) -> tuple[dict[str, int], list[str]]:
     """The degrees of `--layout`, those that are missing as 1; empty when it was not given or has faults.
+
+    Args:
+        text: "tp=2,pp=2".
+        known: keys that it may have.
 
     Returns:
         (degree by key, all faults).
@@ -142,9 +147,9 @@ def parse_layout(text: str | None) -> tuple[dict[str, int], list[str]]:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             problems.append(f"--layout: '{part}' must read KEY=NUMBER, e.g. tp=2,pp=2")
-        elif key not in _DEGREES:
-            near = difflib.get_close_matches(key, _DEGREES, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(_DEGREES)}"
+        elif key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
             problems.append(f"--layout: {key}: unknown key; {hint}")
         elif key in degrees:
             problems.append(f"--layout: {key}: given twice; give it once")
@@ -152,7 +157,7 @@ def parse_layout(text: str | None) -> tuple[dict[str, int], list[str]]:
             problems.append(f"--layout: {key} = {value}: must be a whole number >= 1")
         else:
             degrees[key] = int(value)
-    return ({}, problems) if problems else (dict.fromkeys(_DEGREES, 1) | degrees, [])
+    return ({}, problems) if problems else (dict.fromkeys(known, 1) | degrees, [])
 
 
 def _layout_overrides(degrees: dict[str, int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`clipo ckpt verify A [B]`, `clipo ckpt inspect PATH`: checkpoints compared bit by bit, and what a folder holds."""
+"""`clipo ckpt`: models imported and exported, checkpoints compared bit by bit, and what a folder holds."""
 
 from __future__ import annotations
 
@@ -8,26 +8,40 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from clipo_megatron.cli.ckpt_export import add_export_parser
+from clipo_megatron.cli.ckpt_import import add_import_parser
+from clipo_megatron.cli.transfer_bar import transfer_bar
+from clipo_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from clipo_megatron.checkpoint.verify import VerifyReport
+    from clipo_megatron.checks.logits import LogitReport
 
 _SHOWN = 20
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
-    parser = commands.add_parser("ckpt", help="verify and inspect checkpoints", description=__doc__)
+    parser = commands.add_parser("ckpt", help="convert, verify and inspect checkpoints", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add_import_parser(actions)
+    add_export_parser(actions)
     verify = actions.add_parser(
         "verify",
-        help="compare two Hugging Face model folders bit by bit, or check one",
-        description="Exit code 0: equal, or without faults; 1: not; 2: a folder can't be read.",
+        help="compare two model folders or checkpoints bit by bit, or check one",
+        description="Files are compared with their manifest's checksums first, then the tensors. Exit code 0: equal, or "
+        "without faults; 1: not; 2: a folder can't be read.",
     )
-    verify.add_argument("first", type=Path, metavar="A", help="Hugging Face model folder")
+    verify.add_argument("first", type=Path, metavar="A", help="Hugging Face model folder or distributed checkpoint")
     verify.add_argument("second", type=Path, nargs="?", metavar="B", help="another one; without it, A is checked alone")
+    verify.add_argument(
+        "--config", type=Path, metavar="HF_FOLDER", help="config.json of a checkpoint that holds none, as Megatron's"
+    )
+    verify.add_argument(
+        "--logits",
+        action="store_true",
+        help="also compare forward passes on a few prompts; another number format alone is no difference then",
+    )
     verify.add_argument("--json", action="store_true", help="print one JSON object with all differences")
     verify.set_defaults(run=run_verify)
     inspect = actions.add_parser("inspect", help="what a folder holds, from its headers and manifests")
@@ -40,34 +54,40 @@ def run_verify(args: argparse.Namespace) -> int:
     """Verify, with progress on stderr.
 
     Raises:
-        ConfigError: all reasons why the folders can't be read.
+        ConfigError: all reasons why the folders can't be read, or run.
     """
     # Imported late: other commands need no torch.
     from clipo_megatron.checkpoint.verify import verify_folder, verify_folders
 
-    columns = (
-        TextColumn("verify"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TextColumn("{task.description}"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-
-        def on_progress(name: str, done: int, total: int) -> None:
-            progress.update(task, description=name, completed=done, total=total)
-
+    if args.logits and args.second is None:
+        raise ConfigError("--logits: compares two folders; give B as well")
+    with transfer_bar("verify") as on_progress:
         if args.second is None:
-            report = verify_folder(args.first, on_progress=on_progress)
+            report = verify_folder(args.first, config=args.config, on_progress=on_progress)
         else:
-            report = verify_folders(args.first, args.second, on_progress=on_progress)
+            report = verify_folders(args.first, args.second, config=args.config, on_progress=on_progress)
+    logits = None if args.second is None or not args.logits else _compare_logits(report, args)
+    is_clean = report.is_clean
+    if args.logits:
+        only_formats = not report.faults and all(difference.kind == "dtype" for difference in report.differences)
+        is_clean = only_formats and logits is not None and logits.is_clean
     if args.json:
-        print(json.dumps({"clean": report.is_clean} | asdict(report), indent=1))
+        found = {"clean": is_clean} | asdict(report)
+        print(json.dumps(found | ({"logits": logits and asdict(logits)} if args.logits else {}), indent=1))
     else:
         _print_report(report, is_pair=args.second is not None)
-    return 0 if report.is_clean else 1
+        if args.logits:
+            print("forward passes were not compared: the tensors do not fit" if logits is None else logits.line)
+    return 0 if is_clean else 1
+
+
+def _compare_logits(report: VerifyReport, args: argparse.Namespace) -> LogitReport | None:
+    """None where files are damaged, or tensors missing or of another shape: such a folder can't be run."""
+    if report.faults or any(difference.kind not in ("dtype", "bits") for difference in report.differences):
+        return None
+    from clipo_megatron.checks.logits import compare_logits
+
+    return compare_logits(args.first, args.second, config=args.config)
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -94,6 +114,8 @@ def _print_report(report: VerifyReport, *, is_pair: bool) -> None:
     if len(report.faults) > _SHOWN:
         print(f"... and {len(report.faults) - _SHOWN} more faults; --json lists all")
     counted = f"{report.num_tensors} tensors, {report.bytes_read} bytes read"
+    for note in report.notes:
+        print(note)
     if report.is_clean:
         print(f"{'equal' if is_pair else 'no faults'}: {counted}")
     else:

@@ -80,6 +80,7 @@ def _train(recipe: Recipe, train: PromptSet, evaluation: PromptSet | None) -> in
     import torch
 
     from clipo_megatron.checkpoint.training import find_resume, list_checkpoints
+    from clipo_megatron.checks.resume import resume_notes
     from clipo_megatron.cluster.session import place, ray_session
     from clipo_megatron.controller.loop import TrainingLoop, run_folder
     from clipo_megatron.rewards.pool import Verifiers
@@ -98,6 +99,9 @@ def _train(recipe: Recipe, train: PromptSet, evaluation: PromptSet | None) -> in
     if checkpoints := list_checkpoints(folder / "checkpoints"):
         console.print(f"checking all files of {checkpoints[-1]} before going on from it", soft_wrap=True)
     resume = find_resume(folder / "checkpoints")
+    if resume is not None:
+        for note in resume_notes(recipe, resume.checkpoint, data_hash=train.hash):
+            console.print(note, highlight=False, soft_wrap=True)
     with (
         lock,
         Verifiers(recipe.rewards.workers, recipe.rewards.timeout_s, recipe.rewards.max_answer_chars) as verifiers,

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 
-from clipo_megatron.checkpoint.checksum import written_checksums
 from clipo_megatron.cluster.worker_log import LoggedWorker, WorkerFailure
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport, WeightBucket
 
 if TYPE_CHECKING:
+    from clipo_megatron.checkpoint.dist_index import WrittenFile
     from clipo_megatron.policy.settings import PolicySettings
     from clipo_megatron.rollout.settings import EngineSettings
 
@@ -108,14 +108,25 @@ class PolicyActor(LoggedWorker):
         return self._worker.train(batch, step=step)
 
     @reports_failure
-    def save(self, folder: str) -> dict[str, str]:
-        """See `PolicyWorker.save`; returns the checksums of the files written."""
-        return written_checksums(self._worker.save(Path(folder)))
+    def begin_save(self, folder: str) -> dict[str, Any] | None:
+        """See `PolicyWorker.begin_save`; returns the state that is no tensor on the rank that reports."""
+        self._worker.begin_save(Path(folder))
+        return self._worker.training_plain() if self._worker.reports else None
 
     @reports_failure
-    def load(self, folder: str) -> None:
+    def is_saving(self) -> bool:
+        """See `PolicyWorker.is_saving`."""
+        return self._worker.is_saving()
+
+    @reports_failure
+    def finish_save(self) -> tuple[WrittenFile, ...]:
+        """See `PolicyWorker.finish_save`."""
+        return self._worker.finish_save()
+
+    @reports_failure
+    def load(self, folder: str, with_optimizer: bool) -> list[str]:
         """See `PolicyWorker.load`."""
-        self._worker.load(Path(folder))
+        return self._worker.load(Path(folder), with_optimizer=with_optimizer)
 
     @reports_failure
     def open_stream(self, version: int, first_index: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from clipo_megatron.checkpoint.dist_index import WrittenFile
 from clipo_megatron.checkpoint.export import export_hf
 from clipo_megatron.cluster.actors import PolicyActor
 from clipo_megatron.cluster.gather import gather
@@ -62,14 +63,22 @@ class RayPolicy:
         ref = ray.put(batch)
         return self._one_result(self._all("train", lambda actor: actor.train.remote(ref, step)))
 
-    def save(self, folder: Path) -> dict[str, str]:
-        """See `controller.Policy`."""
-        shares = self._all("save", lambda actor: actor.save.remote(str(folder.resolve())))
-        return {name: checksum for share in shares for name, checksum in share.items()}
+    def begin_save(self, folder: Path) -> Mapping[str, object]:
+        """See `controller.SavesState`."""
+        return self._one_result(self._all("save", lambda actor: actor.begin_save.remote(str(folder.resolve()))))
 
-    def load(self, folder: Path) -> None:
+    def is_saving(self) -> bool:
+        """See `controller.SavesState`."""
+        return any(self._all("save", lambda actor: actor.is_saving.remote()))
+
+    def finish_save(self) -> list[WrittenFile]:
+        """See `controller.SavesState`."""
+        return [file for files in self._all("save", lambda actor: actor.finish_save.remote()) for file in files]
+
+    def load(self, folder: Path, *, with_optimizer: bool) -> list[str]:
         """See `controller.Policy`."""
-        self._all("load", lambda actor: actor.load.remote(str(folder.resolve())))
+        warnings = self._all("load", lambda actor: actor.load.remote(str(folder.resolve()), with_optimizer))
+        return list(dict.fromkeys(warning for found in warnings for warning in found))
 
     def export_hf(self, folder: Path) -> None:
         """See `controller.Policy`. Streams bucket by bucket; the folder appears when it is complete."""

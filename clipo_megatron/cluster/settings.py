@@ -21,6 +21,7 @@ def policy_settings(recipe: Recipe, *, device: Device) -> PolicySettings:
     algorithm, contrastive, optimizer = recipe.algorithm, recipe.contrastive, recipe.optimizer
     return PolicySettings(
         model_path=Path(recipe.model.path).resolve(),
+        weights=Path(recipe.model.weights).resolve() if recipe.model.weights else None,
         layout=parallel_layout(recipe),
         dtype=recipe.model.dtype,
         device=device,

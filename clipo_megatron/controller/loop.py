@@ -7,12 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clipo_megatron.checkpoint.training import Progress, Resume, list_checkpoints, save_checkpoint
+from clipo_megatron.checkpoint.manifest import Progress, list_checkpoints
+from clipo_megatron.checkpoint.retention import Retention
+from clipo_megatron.checkpoint.training import Resume, RunIdentity
+from clipo_megatron.checks.resume import has_optimizer, resume_notes
 from clipo_megatron.controller.clock import PhaseClock
 from clipo_megatron.controller.evaluate import evaluate
 from clipo_megatron.controller.metrics import MetricsWriter
 from clipo_megatron.controller.protocols import Engines, Policy
-from clipo_megatron.controller.report import step_metrics, write_answers, write_rollouts
+from clipo_megatron.controller.report import is_sound, mean_accuracy, step_metrics, write_answers, write_rollouts
+from clipo_megatron.controller.saving import CheckpointSaver
 from clipo_megatron.controller.step import Step
 from clipo_megatron.data.order import PromptOrder
 from clipo_megatron.data.prompts import PromptSet
@@ -63,13 +67,19 @@ class TrainingLoop:
         self._folder = run_folder(recipe)
         self._order = PromptOrder(len(train), seed=recipe.run.seed, shuffle=recipe.data.shuffle)
         self._clock = PhaseClock()
-        self._step = Step(recipe, policy, engines, verifiers, self._clock)
+        self._step = Step(recipe, policy, engines, verifiers, self._clock, after_sampling=self._poll)
+        self._saver = _make_saver(recipe, policy, train, self._folder / "checkpoints")
+        self._sound = True
+        """Whether all losses and gradients since the newest checkpoint were finite."""
 
     def run(self) -> RunOutcome:
         """Run to the last step, or to the end of the step in which a stop was asked for.
 
+        All checkpoints are complete when it returns.
+
         Raises:
             CheckError: an invariant of the run is broken.
+            CheckpointError: a checkpoint can't be written or loaded.
             WorkerError: a worker failed.
         """
         progress, resumed = self._restore()
@@ -80,17 +90,7 @@ class TrainingLoop:
             self._step.sync(progress.version)
             if not resumed and self._evaluation is not None and self._recipe.evaluation.at_start:
                 self._write(writer, {"step": 0.0, "version": 0.0} | self._evaluate(progress))
-            saved = progress if resumed else None
-            while progress.step < self._recipe.run.steps and not self._should_stop():
-                progress, row = self._one_step(progress)
-                self._write(writer, row)
-                if self._is_due(progress.step, self._recipe.checkpoint.every):
-                    self._save(progress)
-                    saved = progress
-                if self._is_due(progress.step, self._recipe.checkpoint.hf_every):
-                    self._export(f"step_{progress.step:08d}")
-            if saved != progress:
-                self._save(progress)
+            progress = self._all_steps(writer, progress, saved=progress if resumed else None)
         finally:
             writer.close()
         stopped = progress.step < self._recipe.run.steps
@@ -100,6 +100,25 @@ class TrainingLoop:
             checkpoint=list_checkpoints(self._folder / "checkpoints")[-1],
             exported=None if stopped else self._export("final"),
         )
+
+    def _all_steps(self, writer: MetricsWriter, progress: Progress, *, saved: Progress | None) -> Progress:
+        section, accuracy = self._recipe.checkpoint, None
+        while progress.step < self._recipe.run.steps and not self._should_stop():
+            progress, row = self._one_step(progress)
+            self._write(writer, row)
+            accuracy = mean_accuracy(row)
+            self._sound = self._sound and is_sound(row)
+            self._poll()
+            if self._is_due(progress.step, section.every):
+                self._save(progress, accuracy=accuracy)
+                saved = progress
+            if self._is_due(progress.step, section.hf_every):
+                self._export(f"step_{progress.step:08d}")
+        if saved != progress:
+            self._save(progress, accuracy=accuracy)
+        with self._clock.phase("save"):
+            self._saver.finish()
+        return progress
 
     def _one_step(self, progress: Progress) -> tuple[Progress, dict[str, float]]:
         algorithm, step = self._recipe.algorithm, progress.step + 1
@@ -112,7 +131,7 @@ class TrainingLoop:
             evaluation = self._evaluate(progress)
         metrics = step_metrics(report, reward_floor=self._recipe.contrastive.reward_floor, seconds=self._clock.take())
         epoch = progress.prompts_taken / len(self._train)
-        return progress, {"step": float(step), "epoch": epoch} | metrics | evaluation
+        return progress, {"step": float(step), "epoch": epoch} | metrics | evaluation | self._saver.take_metrics()
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         if self._evaluation is None:
@@ -141,20 +160,22 @@ class TrainingLoop:
         """Progress to go on from, and whether a checkpoint was loaded."""
         if self._resume is None:
             return Progress(), False
-        self._policy.load(self._resume.checkpoint)
-        logger.info("resumed from %s, step %d", self._resume.checkpoint, self._resume.progress.step)
-        return self._resume.progress, True
+        checkpoint, progress = self._resume.checkpoint, self._resume.progress
+        for note in resume_notes(self._recipe, checkpoint, data_hash=self._train.hash):
+            logger.warning("%s", note)
+        for warning in self._policy.load(checkpoint, with_optimizer=has_optimizer(checkpoint)):
+            logger.warning("%s", warning)
+        logger.info("resumed from %s, step %d", checkpoint, progress.step)
+        return progress, True
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, progress: Progress, *, accuracy: float | None) -> None:
         with self._clock.phase("save"):
-            save_checkpoint(
-                self._folder / "checkpoints",
-                progress,
-                write_ranks=self._policy.save,
-                fingerprint=self._recipe.fingerprint,
-                data_hash=self._train.hash,
-                keep=self._recipe.checkpoint.keep,
-            )
+            self._saver.begin(progress, sound=self._sound, accuracy=accuracy)
+        self._sound = True
+
+    def _poll(self) -> None:
+        with self._clock.phase("save"):
+            self._saver.poll()
 
     def _export(self, name: str) -> Path:
         folder = self._folder / "hf" / name
@@ -168,6 +189,18 @@ class TrainingLoop:
 
     def _is_due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0
+
+
+def _make_saver(recipe: Recipe, policy: Policy, train: PromptSet, folder: Path) -> CheckpointSaver:
+    section = recipe.checkpoint
+    run = RunIdentity(
+        fingerprint=recipe.fingerprint,
+        data_hash=train.hash,
+        recipe=recipe.to_yaml(),
+        model_path=Path(recipe.model.path),
+    )
+    retention = Retention(keep=section.keep, keep_every=section.keep_every, keep_best=section.keep_best)
+    return CheckpointSaver(folder, policy, run=run, retention=retention, asynchronous=section.asynchronous)
 
 
 def run_folder(recipe: Recipe) -> Path:

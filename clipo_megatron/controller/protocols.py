@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from clipo_megatron.checkpoint.dist_index import WrittenFile
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport
 
 
-class Policy(Protocol):
+class SavesState(Protocol):
+    """Something of several ranks that writes its state while it goes on working."""
+
+    def begin_save(self, folder: Path) -> Mapping[str, object]:
+        """Every rank copies its part of the state and starts to write it into `folder`, which exists.
+
+        Returns when all have their copy: what of the state is no tensor, as JSON types.
+        """
+        ...
+
+    def is_saving(self) -> bool:
+        """Whether any rank is still writing; returns at once."""
+        ...
+
+    def finish_save(self) -> Sequence[WrittenFile]:
+        """Wait until all ranks have written and synced their files."""
+        ...
+
+
+class Policy(SavesState, Protocol):
     """The trainer's side: one Megatron model over all trainer ranks."""
 
     def score(self, batch: RolloutBatch, *, step: int, with_reference: bool) -> Scores:
@@ -20,12 +40,8 @@ class Policy(Protocol):
         """The optimizer steps of one training step."""
         ...
 
-    def save(self, folder: Path) -> dict[str, str]:
-        """Every rank writes its share of the training state into `folder`; returns `file_checksum` of each file name."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Every rank restores what `save` wrote."""
+    def load(self, folder: Path, *, with_optimizer: bool) -> list[str]:
+        """Every rank restores its part of a checkpoint; returns what could not be restored, in words."""
         ...
 
     def export_hf(self, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from clipo_megatron.controller.gate import measure_mismatch
 from clipo_megatron.controller.step import StepReport
 from clipo_megatron.records import Finish, RolloutBatch, RolloutGroup, Scores, Verdict
+
+_FINITE = ("policy/loss", "policy/kl", "policy/grad_norm", "contrastive/loss", "contrastive/head_grad_norm")
 
 
 def step_metrics(report: StepReport, *, reward_floor: float, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -99,6 +102,17 @@ def _correlation(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
     if len(x) < 2 or x.std() == 0 or y.std() == 0:
         return 0.0
     return float(np.corrcoef(x, y)[0, 1])
+
+
+def is_sound(row: Mapping[str, float]) -> bool:
+    """Whether all losses and gradients of a step were finite."""
+    return not row.get("policy/skipped_updates") and all(math.isfinite(row[key]) for key in _FINITE if key in row)
+
+
+def mean_accuracy(row: Mapping[str, float]) -> float | None:
+    """The row's evaluation in one number: pass@1, mean over the sources; None without one."""
+    found = [value for key, value in row.items() if key.startswith("evaluation/") and key.endswith("/pass@1")]
+    return sum(found) / len(found) if found else None
 
 
 def write_rollouts(path: Path, report: StepReport) -> None:

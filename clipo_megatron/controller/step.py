@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,13 +45,22 @@ class Step:
     """Runs training steps of one recipe on a policy and engines."""
 
     def __init__(
-        self, recipe: Recipe, policy: Policy, engines: Engines, verifiers: Verifiers, clock: PhaseClock
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        engines: Engines,
+        verifiers: Verifiers,
+        clock: PhaseClock,
+        *,
+        after_sampling: Callable[[], None],
     ) -> None:
+        """Keep what a step needs; `after_sampling` is called in every step while the policy still idles."""
         self._recipe = recipe
         self._policy = policy
         self._engines = engines
         self._verifiers = verifiers
         self._clock = clock
+        self._after_sampling = after_sampling
         self._gate_passed = False
 
     def run(self, prompts: Sequence[Prompt], *, step: int, version: int) -> StepReport:
@@ -66,6 +75,7 @@ class Step:
             CheckError: the step-0 gate trips.
         """
         groups = self.sample(prompts, step=step, version=version)
+        self._after_sampling()
         batch = build_batch(groups, group_size=self._recipe.algorithm.group_size)
         layout = self._recipe.layout
         if batch.num_sequences < least_rows(dp=self._recipe.dp, count_multiple=layout.pp if layout.vpp > 1 else 1):

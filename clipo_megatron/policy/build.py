@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from clipo_megatron.checkpoint.dist_reader import DistReader
+from clipo_megatron.policy.dist_weights import Sharding, load_dist_weights
 from clipo_megatron.policy.groups import Groups
 from clipo_megatron.policy.model import build_chunks, transformer_config
 from clipo_megatron.policy.optimizer import PolicyOptimizer, wrap_chunks
@@ -20,12 +22,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def build_stage(
     settings: PolicySettings, architecture: Architecture, groups: Groups, *, rank: int, device: torch.device
 ) -> tuple[Stage, PolicyOptimizer]:
-    """The stage with the model folder's weights, and the optimizer over it.
+    """The stage with its weights, and the optimizer over it.
 
     Collectives: none but the optimizer's own; every rank must call.
 
     Raises:
-        ConfigError: the folder lacks a tensor, or the layout does not divide the model.
+        ConfigError: the model folder lacks a tensor, or the layout does not divide the model.
+        CheckpointError: `settings.weights` lacks a tensor, or holds those of another model or dtype.
     """
     layout, dtype = settings.layout, _DTYPES[settings.dtype]
     config = transformer_config(
@@ -41,7 +44,11 @@ def build_stage(
     stage = Stage([chunk.to(device) for chunk in chunks], architecture, layout, rank=rank)
     mark_split_parameters(stage, architecture)
     mark_experts(stage)
-    load_hf_weights(stage, settings.model_path, architecture, layout, rank=rank)
+    if settings.weights is None:
+        load_hf_weights(stage, settings.model_path, architecture, layout, rank=rank)
+    else:
+        with DistReader(settings.weights) as reader:
+            load_dist_weights(stage, reader, Sharding(architecture, layout, rank=rank))
     if settings.freeze_router:
         for name, parameter in stage.named_parameters():
             parameter.requires_grad_(not name.endswith(".mlp.router.weight"))

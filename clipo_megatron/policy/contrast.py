@@ -6,6 +6,7 @@ Letters: B rows of the batch, b rows of this data parallel rank, H hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from clipo_megatron.errors import CheckError
 from clipo_megatron.parallel.collectives import gather_rows, reduce_gradients, reduce_sum
 from clipo_megatron.policy.settings import ContrastiveSettings
 from clipo_megatron.records import RolloutBatch
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ContrastiveHead:
@@ -103,6 +106,41 @@ class ContrastiveHead:
             positive_B=torch.where(result.positive_B >= 0, order[result.positive_B.clamp(min=0)], -1)[place],
         )
         return in_batch_order, metrics
+
+    @property
+    def steps(self) -> int:
+        """Steps that the head's AdamW has taken."""
+        states = [self.optimizer.state.get(parameter, {}) for parameter in self.module.parameters()]
+        return max(int(state["step"]) if "step" in state else 0 for state in states)
+
+    def tensors(self, *, with_moments: bool) -> dict[str, Tensor]:
+        """The head's weights and AdamW's moments, as references; moments that do not exist yet as zeros."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            tensors[f"parameter.{name}"] = parameter.detach()
+            state = self.optimizer.state.get(parameter, {})
+            for moment in _MOMENTS if with_moments else ():
+                tensors[f"{moment}.{name}"] = state.get(moment, torch.zeros_like(parameter))
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], *, steps: int, skipped: int) -> None:
+        """The inverse of `tensors`; without moments AdamW starts afresh.
+
+        Args:
+            tensors: of `tensors`, on any device.
+            steps: that AdamW has taken.
+            skipped: value of `skipped`.
+        """
+        self.skipped = skipped
+        self.optimizer.state.clear()
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(tensors[f"parameter.{name}"])
+            moments = {key: tensors[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in tensors}
+            if moments:
+                state: dict[str, Tensor] = {key: value.to(parameter.device) for key, value in moments.items()}
+                # On the host: torch's AdamW reads it there.
+                self.optimizer.state[parameter] = state | {"step": torch.tensor(float(steps), dtype=torch.float32)}
 
     def _learn(self, result: ContrastiveResult) -> dict[str, float]:
         metrics = {"loss": float(result.loss.detach()), "head_steps_skipped": float(self.skipped)}

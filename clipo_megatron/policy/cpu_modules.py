@@ -152,6 +152,10 @@ def _layer_spec(config: TransformerConfig, precision: PrecisionSettings | None) 
     )
     layer = cast("TransformerLayerSubmodules", spec.submodules)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts is not None:
+        # Checkpoints have Transformer Engine's names. Its norm before the experts is a module of its own, but Megatron
+        # 0.16.1 renames the local one as if it were fused into a dense MLP.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = cast("SelfAttentionSubmodules", cast("ModuleSpec", layer.self_attention).submodules)
     attention.core_attention = PackedAttention
     if config.qk_layernorm:

@@ -99,10 +99,14 @@ class PolicyOptimizer:
         )
 
     @property
+    def chained(self) -> list[Any]:
+        """Megatron's optimizers: one of the parameters that all ranks of a stage share out, one of the experts."""
+        return self._optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
     def inner(self) -> list[torch.optim.Optimizer]:
         """AdamW over this rank's shard of the (float32) parameters, one for experts apart; what a checkpoint keeps."""
-        chained: list[Any] = self._optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
-        return [optimizer.optimizer for optimizer in chained]
+        return [optimizer.optimizer for optimizer in self.chained]
 
     def learning_rate(self) -> float:
         """Of the next update."""

@@ -63,6 +63,8 @@ class PolicySettings:
 
     model_path: Path
     """Hugging Face folder: the policy to start from, and the reference policy."""
+    weights: Path | None = None
+    """Megatron checkpoint to take the weights from, in place of model_path's."""
     layout: ParallelLayout
     """How the ranks are split."""
     dtype: Literal["float32", "bfloat16"]

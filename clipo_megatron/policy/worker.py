@@ -7,28 +7,31 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipo_megatron.checkpoint.dist_index import WrittenFile
+from clipo_megatron.checkpoint.dist_reader import DistReader
 from clipo_megatron.errors import CheckError
 from clipo_megatron.parallel.collectives import reduce_sum
 from clipo_megatron.parallel.linear_logprob import linear_logprob
-from clipo_megatron.policy import state as training_state
 from clipo_megatron.policy.attention_path import AttentionWatch
 from clipo_megatron.policy.build import build_stage
 from clipo_megatron.policy.contrast import ContrastiveHead
 from clipo_megatron.policy.cpu import check_version, cuda_means_cpu
+from clipo_megatron.policy.dist_weights import Sharding
 from clipo_megatron.policy.groups import make_groups
 from clipo_megatron.policy.micro_batch import MicroBatch
 from clipo_megatron.policy.packer import Packer, is_sequence_split
 from clipo_megatron.policy.score import PooledStates, Pooling, TokenScores, score_batch
 from clipo_megatron.policy.settings import ContrastiveSettings, PolicySettings
+from clipo_megatron.policy.snapshot import SnapshotWriter
+from clipo_megatron.policy.state import TrainingState, read_plain
 from clipo_megatron.policy.train import AuxiliaryLoss, PolicyLoss, summarize, update, update_shares
 from clipo_megatron.policy.weight_io import stage_hf_tensors
 from clipo_megatron.records import RolloutBatch, Scores, TrainReport
@@ -56,7 +59,7 @@ def _on_device(
 class PolicyWorker:
     """This process's share of the policy. The default process group must be initialised; one policy at a time.
 
-    Collectives: all methods but `save` are collective over all ranks; `hf_tensors` over the tp ranks of a stage.
+    Collectives: all methods but those of a save are collective over all ranks; `hf_tensors` over the tp ranks of a stage.
     """
 
     def __init__(self, settings: PolicySettings, *, rank: int) -> None:
@@ -91,6 +94,16 @@ class PolicyWorker:
         self._pooling: Pooling | None = None
         if settings.contrastive is not None:
             self._build_head(settings.contrastive)
+        self._state = TrainingState(
+            settings,
+            self._stage,
+            self._optimizer,
+            self._head,
+            Sharding(self._architecture, layout, rank=rank),
+            self._groups,
+            reports=self.reports,
+        )
+        self._snapshot = SnapshotWriter(device=self._device)
 
     def _build_head(self, settings: ContrastiveSettings) -> None:
         groups = self._groups
@@ -203,46 +216,50 @@ class PolicyWorker:
         """
         return stage_hf_tensors(self._stage, self._architecture, self._layout, self._groups, rank=self._rank)
 
-    def save(self, folder: Path) -> tuple[Path, ...]:
-        """Write this rank's share of the training state into `folder`, which exists.
-
-        Parameters, float32 masters, moments, step counts, the generator's state, the head and its optimizer.
-
-        Returns:
-            The files written.
-        """
-        optimizers = self._optimizers()
-        plain: dict[str, training_state.Plain] = {
-            "identity": self._identity(),
-            "updates": self._optimizer.updates,
-            "steps": {name: training_state.optimizer_steps(optimizer) for name, optimizer in optimizers.items()},
-            "head_skipped": self._head.skipped if self._head else 0,
-        }
-        tensors = self._state_tensors() | {"random.cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
-        return training_state.write_state(folder, self._rank, tensors, plain)
-
     @_on_device
-    @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; training goes on bit for bit as it would have.
+    def begin_save(self, folder: Path) -> None:
+        """Take a snapshot of this rank's part of the training state and start to write it into `folder`, which exists.
+
+        Parameters, float32 masters, moments, the head and its optimizer, random states. When it returns, training may go
+        on: a thread writes the copy.
 
         Raises:
-            CheckpointError: the state is missing, damaged, or of another layout, dtype, architecture or head.
+            CheckError: the save before this one was not finished.
         """
-        tensors, plain = training_state.read_state(folder, self._rank, identity=self._identity())
-        training_state.check_tensors(folder, tensors, self._state_tensors())
-        for name, value in self._model_tensors().items():
-            value.copy_(tensors[name])
-        for name, optimizer in self._optimizers().items():
-            training_state.restore_optimizer(optimizer, name, tensors, plain["steps"][name])
-        self._optimizer.updates = plain["updates"]
-        if self._head is not None:
-            self._head.skipped = plain["head_skipped"]
-        torch.set_rng_state(tensors["random.cpu"])
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"])
+        self._snapshot.begin(folder / f"__{self._rank}_0.distcp", self._state.parts())
+
+    def is_saving(self) -> bool:
+        """Whether the snapshot is still being written."""
+        return self._snapshot.is_writing
+
+    def finish_save(self) -> tuple[WrittenFile, ...]:
+        """Wait until this rank's files are on disk.
+
+        Raises:
+            CheckpointError: a file could not be written.
+        """
+        return (self._snapshot.finish(),)
+
+    def training_plain(self) -> dict[str, Any]:
+        """What of the training state is no tensor, as JSON types; whole on the rank that reports."""
+        return self._state.plain()
+
+    @_on_device
+    def load(self, folder: Path, *, with_optimizer: bool = True) -> list[str]:
+        """Restore what all ranks wrote, under this layout or another; under the same one bit for bit.
+
+        Args:
+            folder: of a checkpoint; its `POLICY_FILE` holds `training_plain` of the rank that reported.
+            with_optimizer: False starts AdamW afresh.
+
+        Returns:
+            What could not be restored, in words.
+
+        Raises:
+            CheckpointError: the state is missing, damaged, or of another dtype, architecture or head.
+        """
+        with DistReader(folder) as reader:
+            return self._state.load(reader, read_plain(folder), with_optimizer=with_optimizer)
 
     def _token_scores(self, micro_batch: MicroBatch, states: Tensor) -> tuple[Tensor, Tensor]:
         return linear_logprob(
@@ -312,30 +329,3 @@ class PolicyWorker:
     def _set_parameters(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self._stage.parameters(), values, strict=True):
             parameter.copy_(value)
-
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        optimizers = {f"policy.{number}": optimizer for number, optimizer in enumerate(self._optimizer.inner)}
-        return optimizers | ({"head": self._head.optimizer} if self._head else {})
-
-    def _model_tensors(self) -> dict[str, Tensor]:
-        named = [*self._stage.named_parameters(), *self._stage.named_buffers()]
-        return {f"model.{name}": tensor.detach() for name, tensor in named}
-
-    def _state_tensors(self) -> dict[str, Tensor]:
-        tensors = self._model_tensors()
-        for name, optimizer in self._optimizers().items():
-            tensors |= training_state.optimizer_tensors(optimizer, name)
-        return tensors
-
-    def _identity(self) -> dict[str, training_state.Plain]:
-        head = self._settings.contrastive
-        return {
-            "layout": asdict(self._layout),
-            "rank": self._rank,
-            "dtype": self._settings.dtype,
-            "precision": asdict(self._settings.precision),
-            "distributed_optimizer": self._settings.distributed_optimizer,
-            "freeze_router": self._settings.freeze_router,
-            "architecture": asdict(self._architecture),
-            "head": None if head is None else {"kind": head.head, "size": head.head_size},
-        }

@@ -156,4 +156,33 @@ def _gate(recipe: Recipe) -> Iterator[str]:
         )
 
 
-_RULES = (_batch, _contrastive, _frozen_head, _contrastive_gradient, _precision, _offload, _gate)
+def _retention(recipe: Recipe) -> Iterator[str]:
+    checkpoint, evaluation = recipe.checkpoint, recipe.evaluation
+    if checkpoint.keep_every and (not checkpoint.every or checkpoint.keep_every % checkpoint.every):
+        yield (
+            f"checkpoint.keep_every = {checkpoint.keep_every}: must be a multiple of checkpoint.every = {checkpoint.every}, "
+            "above 0, for only its steps have a checkpoint"
+        )
+    if not checkpoint.keep_best:
+        return
+    if not recipe.data.evaluation or not evaluation.every or not checkpoint.every:
+        yield (
+            f"checkpoint.keep_best = {checkpoint.keep_best}: needs steps with an evaluation and a checkpoint, found "
+            f"data.evaluation of {len(recipe.data.evaluation)} files, evaluation.every = {evaluation.every}, "
+            f"checkpoint.every = {checkpoint.every}; set all three, or keep_best to 0"
+        )
+    elif checkpoint.every % evaluation.every and evaluation.every % checkpoint.every:
+        yield (
+            f"checkpoint.keep_best = {checkpoint.keep_best}: compares the steps that have an evaluation and a checkpoint, so "
+            f"one of evaluation.every = {evaluation.every} and checkpoint.every = {checkpoint.every} must be a multiple of "
+            "the other"
+        )
+
+
+def _accepted(recipe: Recipe) -> Iterator[str]:
+    run = recipe.run
+    if run.accept and run.resume == "never":
+        yield f"run.accept = {list(run.accept)}: has an effect only on a resume, found run.resume = never; leave one out"
+
+
+_RULES = (_batch, _contrastive, _frozen_head, _contrastive_gradient, _precision, _offload, _gate, _retention, _accepted)

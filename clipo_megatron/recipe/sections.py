@@ -25,6 +25,9 @@ class ModelSection(Section):
     """Hugging Face folder: config.json, safetensors, tokenizer. The architecture is read from its config.json alone."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number format of the trainer's parameters and of the engines."""
+    weights: str = ""
+    """Folder of a distributed checkpoint ("torch_dist") whose weights a new run starts from: an imported model, or a step
+    folder of another run. Empty: those of model.path, whose config.json and tokenizer hold in any case."""
 
 
 class LayoutSection(Section):
@@ -54,6 +57,17 @@ class LayoutSection(Section):
     """Share out float32 masters and moments among the data (and context) parallel ranks."""
     overlap_grad_reduce: bool = True
     """Reduce gradients while the backward pass goes on; without effect at dp * cp = 1."""
+
+    @property
+    def dp(self) -> int:
+        """Data parallel degree."""
+        return self.world_size // (self.tp * self.cp * self.pp)
+
+    @property
+    def degrees(self) -> str:
+        """Degrees above 1 in words, e.g. "tp=2 dp=4"; empty on one rank."""
+        found = {name: getattr(self, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
+        return " ".join(f"{name}={degree}" for name, degree in found.items() if degree > 1)
 
 
 class PrecisionSection(Section):
@@ -232,8 +246,15 @@ class CheckpointSection(Section):
 
     every: NotNegative = 10
     """Steps between checkpoints; 0: only at the end and when stopped, so that a killed run starts anew."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; false: the step waits for the disk."""
     keep: Positive = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept. Beside these and those of the next two keys, the newest one without a loss or gradient that
+    was not finite is kept as long as all newer ones have had one."""
+    keep_every: NotNegative = 0
+    """Checkpoints of every n-th step are kept for ever; 0: of none."""
+    keep_best: NotNegative = 0
+    """Checkpoints kept for their evaluation, by pass@1, mean over the sources."""
     hf_every: NotNegative = 0
     """Steps between Hugging Face exports; 0: only at the end."""
 
@@ -264,6 +285,9 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of the run folder; never: refuse a run folder that is not empty."""
+    accept: tuple[Literal["recipe", "data", "no_optimizer"], ...] = ()
+    """Changes under which a run may go on from its checkpoint, though its numbers change: recipe (keys of the recipe), data
+    (the training prompts), no_optimizer (a checkpoint without optimizer state: fresh moments). Another layout needs none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = False
     """Write TensorBoard event files besides metrics.jsonl."""

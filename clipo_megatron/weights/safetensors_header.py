@@ -11,9 +11,12 @@ from typing import cast
 
 from clipo_megatron.errors import ConfigError
 
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
+"""Of the header's length, which comes first in a file."""
 _ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+FILE_NAMES = {torch_name: name for name, torch_name in _TORCH_NAMES.items()}
+"""Torch's name of a number format -> the file format's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +40,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            fits = size >= _LENGTH_BYTES and header_bytes <= size - _LENGTH_BYTES
+            header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            fits = size >= LENGTH_BYTES and header_bytes <= size - LENGTH_BYTES
             raw = file.read(header_bytes) if fits else b""
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; copy it to the model folder") from None
@@ -52,14 +55,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         entries = cast("dict[str, Mapping[str, object]]", json.loads(raw))
         entries.pop("__metadata__", None)
-        tensors = {name: _stored(entry, _LENGTH_BYTES + header_bytes) for name, entry in entries.items()}
+        tensors = {name: _stored(entry, LENGTH_BYTES + header_bytes) for name, entry in entries.items()}
         end = max((cast("list[int]", entry["data_offsets"])[1] for entry in entries.values()), default=0)
         wrong = [name for name, entry in entries.items() if not _spans_its_shape(entry)]
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ConfigError(f"{path}: its header is no safetensors header ({error!r}); copy the file again") from error
     if wrong:
         raise ConfigError(f"{path}: {wrong[0]}: its bytes do not fit its shape; copy the file again")
-    wanted = _LENGTH_BYTES + header_bytes + end
+    wanted = LENGTH_BYTES + header_bytes + end
     if size != wanted:
         state = "truncated" if size < wanted else "too long"
         raise ConfigError(f"{path}: {state}: {size} bytes, its header asks for {wanted}; copy the file again")

@@ -38,6 +38,7 @@ FAMILIES = {
     "llama": {"family": "llama", "tied": False},
     "llama3_rope": {"family": "llama", "tied": True, "llama3_rope": True},
     "qwen3_moe": {"family": "qwen3_moe", "tied": False},
+    "mixtral": {"family": "mixtral", "tied": False},
 }
 VOCAB_SIZE = 307
 """Odd and prime: the policy pads it to 384."""
@@ -145,6 +146,7 @@ def _train(folder: Path, aggregation: str) -> tuple[Scores, dict[str, torch.Tens
         ("qwen2_tied", "token_mean"),
         ("qwen2_tied", "sequence_mean"),
         ("qwen3_moe", "token_mean"),
+        ("mixtral", "token_mean"),
     ],
 )
 def test_gradient_equals_that_of_the_loss_written_out_in_transformers(name, aggregation, tmp_path):
@@ -178,12 +180,22 @@ def test_gradient_equals_that_of_the_loss_written_out_in_transformers(name, aggr
 
 
 def _gradient_of(name: str, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The gradient of a parameter of transformers, which holds all experts of a layer in one tensor."""
+    """The gradient of a parameter of transformers, which holds all experts of a layer in one tensor.
+
+    In a folder Mixtral's have other names than in memory; transformers renames them while reading.
+    """
+    if name in gradients:
+        return gradients[name]
+    if f"{name.partition('.mlp.')[0]}.block_sparse_moe.gate.weight" in gradients:
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+        gate, up, down = "w1", "w3", "w2"
+    else:
+        gate, up, down = "gate_proj", "up_proj", "down_proj"
     if name in gradients:
         return gradients[name]
     experts, _, kind = name.rpartition(".")
-    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
-    num_experts = sum(key.startswith(f"{experts}.") and key.endswith(".down_proj.weight") for key in gradients)
+    parts = {"gate_up_proj": (gate, up), "down_proj": (down,)}[kind]
+    num_experts = sum(key.startswith(f"{experts}.") and key.endswith(f".{down}.weight") for key in gradients)
     return torch.stack(
         [torch.cat([gradients[f"{experts}.{number}.{part}.weight"] for part in parts]) for number in range(num_experts)]
     )

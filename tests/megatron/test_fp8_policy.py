@@ -14,6 +14,7 @@ from support.policy_cases import (
     make_batch,
     make_worker,
     relative_error,
+    save_state,
     scored,
     share_scores,
     weights_of,
@@ -137,7 +138,7 @@ def _stopped_and_resumed(folder: Path, checkpoint: Path) -> list[dict[str, torch
     whole = make_worker(folder, ONE, **options)
     ready = scored(batch, whole.score(batch, step=0, with_reference=False))
     whole.train(ready, step=0)
-    whole.save(checkpoint)
+    save_state(whole, checkpoint)
     whole.train(ready, step=1)
     want = weights_of(whole)
     resumed = make_worker(folder, ONE, **options)

@@ -141,6 +141,7 @@ def _exported(folder: Path, layout: ParallelLayout) -> dict[str, torch.Tensor]:
         ("qwen3", False, ParallelLayout(world_size=4, tp=2)),
         ("qwen3_moe", False, ParallelLayout(world_size=4, pp=2, cp=2)),
         ("qwen3_moe", False, ParallelLayout(world_size=4, tp=2, ep=2, etp=2)),
+        ("mixtral", False, ParallelLayout(world_size=2, ep=2)),
     ],
     ids=str,
 )

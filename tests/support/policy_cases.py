@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
+from clipo_megatron.checkpoint.dist_index import WrittenFile, write_index
+from clipo_megatron.checkpoint.training import POLICY_FILE
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.policy.inspection import (  # noqa: F401 (tests take them from here, beside what they are used on)
     errors_by_kind,
@@ -62,6 +65,7 @@ def make_worker(
     folder: Path,
     layout: ParallelLayout,
     *,
+    weights: Path | None = None,
     device: str = "cpu",
     sequence_parallel: bool = True,
     dtype: str = "float32",
@@ -80,6 +84,7 @@ def make_worker(
     """This rank's worker."""
     settings = PolicySettings(
         model_path=folder,
+        weights=weights,
         layout=layout,
         dtype=dtype,
         device=device,
@@ -108,3 +113,16 @@ def scored(batch: RolloutBatch, scores: Scores, *, noise: float = 0.3) -> Rollou
         reference_logprobs=scores.reference_logprobs,
         advantages=make_advantages(batch),
     )
+
+
+def save_state(worker: PolicyWorker, folder: Path) -> None:
+    """Write a whole checkpoint of the policy into `folder`, as the driver of a run does. Collective over all ranks."""
+    worker.begin_save(folder)
+    shares: list[tuple[tuple[WrittenFile, ...], dict[str, object] | None]] = [((), None)] * dist.get_world_size()
+    plain = worker.training_plain() if worker.reports else None
+    dist.all_gather_object(shares, (worker.finish_save(), plain))
+    if dist.get_rank() == 0:
+        write_index(folder, [file for files, _ in shares for file in files])
+        (reported,) = (plain for _, plain in shares if plain is not None)
+        (folder / POLICY_FILE).write_text(json.dumps(reported))
+    dist.barrier()

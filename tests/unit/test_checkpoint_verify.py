@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from support.tiny_models import make_tiny_hf
 from torch import Tensor
 
-from clipo_megatron.checkpoint.checksum import file_checksum
+from clipo_megatron.checkpoint.dist_writer import DistWriter
+from clipo_megatron.checkpoint.manifest import Progress
 from clipo_megatron.checkpoint.tensor_slices import nonfinite_elements, unequal_elements
-from clipo_megatron.checkpoint.training import Progress, save_checkpoint
+from clipo_megatron.checkpoint.training import RunIdentity, close_checkpoint, open_checkpoint
 from clipo_megatron.checkpoint.verify import verify_folder, verify_folders
 from clipo_megatron.cli.main import main
-from clipo_megatron.policy.state import write_state
-from clipo_megatron.weights.hf_folder import write_hf_folder
+from clipo_megatron.weights.hf_writer import write_hf_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
@@ -287,24 +287,28 @@ def test_a_model_folder_is_described_by_its_headers(folders, capsys):
 @pytest.fixture
 def run_folder(folders, tmp_path) -> Path:
     """A run with two checkpoints, the older one damaged, an export, and what a kill left."""
-    layout = {"world_size": 2, "tp": 2, "pp": 1}
-    identity = {"layout": layout, "dtype": "float32", "architecture": {"family": "qwen3", "num_layers": 2}}
-
-    def write_ranks(folder: Path) -> dict[str, str]:
-        files = [
-            path
-            for rank in range(2)
-            for path in write_state(folder, rank, {"a": torch.ones(5)}, {"identity": identity})
-        ]
-        return {path.name: file_checksum(path) for path in files}
-
+    identity = {"dtype": "float32", "architecture": {"family": "qwen3", "num_layers": 2}}
+    policy = {"layout": {"world_size": 2, "tp": 2, "pp": 1}, "identity": identity}
     run = tmp_path / "run"
     for step in (2, 4):
-        progress = Progress(step=step, version=step - 1, prompts_taken=8 * step)
-        save_checkpoint(
-            run / "checkpoints", progress, write_ranks=write_ranks, fingerprint="f00d", data_hash="beef", keep=2
+        beside = open_checkpoint(run / "checkpoints", step)
+        files = []
+        for rank in range(2):
+            writer = DistWriter(beside / f"__{rank}_0.distcp")
+            writer.write(
+                "decoder.final_layernorm.weight", torch.ones(5), global_shape=(10,), start=(5 * rank,), shape=(5,)
+            )
+            files.append(writer.finish())
+        close_checkpoint(
+            beside,
+            progress=Progress(step=step, version=step - 1, prompts_taken=8 * step),
+            run=RunIdentity(fingerprint="f00d", data_hash="beef", recipe="", model_path=folders["qwen3"]),
+            sound=True,
+            accuracy=None,
+            files=files,
+            policy=policy,
         )
-    os.truncate(run / "checkpoints" / "step_00000002" / "policy_rank_00001.safetensors", 7)
+    os.truncate(run / "checkpoints" / "step_00000002" / "__1_0.distcp", 7)
     (run / "checkpoints" / ".step_00000006.tmp").mkdir()
     (run / "recipe.yaml").write_text("")
     _copy(folders["qwen3"], run / "hf" / "final")
@@ -316,13 +320,18 @@ def test_a_training_checkpoint_is_described_by_its_manifest(run_folder, capsys):
     assert main(["ckpt", "inspect", str(checkpoint), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["weights_version"], found["prompts_taken"]) == (4, 3, 32)
-    assert (found["recipe_fingerprint"], found["data_hash"], found["ranks"]) == ("f00d", "beef", 2)
+    assert (found["recipe_fingerprint"], found["data_hash"]) == ("f00d", "beef")
+    assert (found["keys"], found["chunks"], found["tensor_bytes_by_dtype"]) == (1, 2, {"float32": 40})
     assert found["layout"] == {"world_size": 2, "tp": 2, "pp": 1}
-    on_disk = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != "manifest.json"}
+    on_disk = {
+        path.relative_to(checkpoint).as_posix(): path.stat().st_size
+        for path in checkpoint.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
     assert found["files"] == on_disk
     assert found["bytes"] == sum(on_disk.values())
     assert main(["ckpt", "inspect", str(checkpoint.with_name("step_00000002"))]) == 2
-    assert "policy_rank_00001.safetensors: has 7 bytes" in capsys.readouterr().err
+    assert "__1_0.distcp: has 7 bytes" in capsys.readouterr().err
 
 
 def test_a_run_is_described_with_its_damaged_and_unfinished_folders(run_folder, tmp_path, capsys):

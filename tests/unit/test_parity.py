@@ -21,6 +21,7 @@ from clipo_megatron.errors import CheckError, ConfigError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.recipe.sections import LayoutSection
 from clipo_megatron.weights.architecture import read_architecture
+from clipo_megatron.weights.families import FAMILIES
 from clipo_megatron.weights.folder_check import layout_problems
 from clipo_megatron.weights.hf_folder import HFReader
 from clipo_megatron.weights.names import hf_tensor_specs
@@ -189,7 +190,7 @@ def test_the_first_layers_run_with_the_weights_of_the_folder(moe, tmp_path):
             assert run.read(name).equal(whole.read(name))
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3_moe", "mixtral"])
 def test_a_shrunk_model_keeps_kinds_and_head_ratio_and_the_layout_divides_it(family, tmp_path):
     source = make_tiny_hf(
         tmp_path / "source",
@@ -202,7 +203,7 @@ def test_a_shrunk_model_keeps_kinds_and_head_ratio_and_the_layout_divides_it(fam
     )
     layout = (
         ParallelLayout(world_size=16, tp=2, ep=4, etp=2)
-        if family == "qwen3_moe"
+        if FAMILIES[family].has_experts
         else ParallelLayout(world_size=2, tp=2)
     )
     model, problems = _choose(source, is_shrunk=True, world_size=layout.world_size, tp=2, ep=layout.ep, etp=layout.etp)

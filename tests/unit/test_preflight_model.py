@@ -36,7 +36,7 @@ def problems_of(tmp_path: Path) -> Problems:
     return of
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "mixtral"])
 def test_a_sound_recipe_has_none(problems_of: Problems, family: str) -> None:
     assert problems_of(family) == []
 
@@ -69,6 +69,7 @@ def test_replay_on_a_gpu_needs_the_prefix_cache(problems_of: Problems) -> None:
     [
         ("qwen3", {"ffn_size": 96}, {"world_size": 4, "tp": 4}, "intermediate_size = 96"),
         ("qwen3_moe", {"expert_ffn_size": 40}, {"world_size": 1}, "moe_intermediate_size = 40"),
+        ("mixtral", {"expert_ffn_size": 40}, {"world_size": 1}, "model's intermediate_size = 40"),
     ],
 )
 def test_fp8_needs_multiples_of_16_on_each_rank(

@@ -18,7 +18,17 @@ from clipo_megatron.recipe.load import known_keys, read_recipe
 MINIMAL = {"run": {"name": "try"}, "model": {"path": "policy"}, "data": {"train": ["train.parquet"]}}
 WITHOUT_INFLUENCE = {
     "data.evaluation",
+    "data.train",
+    "optimizer.cpu_offload",
     "rewards.workers",
+    "rollout.enforce_eager",
+    "rollout.engines",
+    "rollout.gpu_memory_utilization",
+    "rollout.kv_cache_mib",
+    "rollout.max_num_seqs",
+    "rollout.prefix_caching",
+    "rollout.tp",
+    "run.accept",
     "run.device",
     "run.folder",
     "run.gate_max_logprob_difference",
@@ -29,7 +39,8 @@ WITHOUT_INFLUENCE = {
     "run.tensorboard",
     "run.worker_timeout_s",
 }
-"""Keys that change no number of a step, besides those of the sections checkpoint, evaluation and sync."""
+"""Keys that change a step's numbers by rounding at most, or whose content has a hash of its own."""
+SECTIONS_WITHOUT_INFLUENCE = {"checkpoint", "evaluation", "layout", "sync"}
 
 
 @pytest.fixture
@@ -179,6 +190,7 @@ def test_a_value_out_of_range_is_told_with_its_key_and_the_value_found(write, ke
         (["contrastive.warmup_steps=100"], "contrastive.warmup_steps"),
         (["contrastive.head_frozen=true", "contrastive.warmup_steps=1"], "contrastive.warmup_steps"),
         (["run.gate_mean_logprob_difference=2"], "run.gate_mean_logprob_difference"),
+        (["run.accept=[data]", "run.resume=never"], "run.accept"),
     ],
 )
 def test_keys_that_contradict_each_other_are_told(write, overrides, key):
@@ -257,7 +269,7 @@ def test_known_keys_are_all_leaves_and_their_sections():
 def test_the_fingerprint_changes_with_exactly_the_keys_that_change_a_step(write, key):
     recipe = load_recipe(write(MINIMAL))
     changed = with_value(recipe, key, another_value(leaves()[key], value_of(recipe, key)))
-    is_silent = key in WITHOUT_INFLUENCE or key.split(".")[0] in ("checkpoint", "evaluation", "sync")
+    is_silent = key in WITHOUT_INFLUENCE or key.split(".")[0] in SECTIONS_WITHOUT_INFLUENCE
     assert (changed.fingerprint == recipe.fingerprint) == is_silent
 
 

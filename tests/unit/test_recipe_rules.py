@@ -194,6 +194,29 @@ CASES: list[tuple[Values, str, Values]] = [
         "optimizer.cpu_offload = true: needs the distributed optimizer",
         {"layout.distributed_optimizer": True},
     ),
+    # retention
+    ({"checkpoint.keep_every": 25}, "checkpoint.keep_every = 25: must be a multiple of", {"checkpoint.keep_every": 30}),
+    (
+        {"checkpoint.keep_every": 25, "checkpoint.every": 0},
+        "checkpoint.keep_every = 25: must be a multiple of checkpoint.every = 0, above 0",
+        {"checkpoint.every": 5},
+    ),
+    (
+        {"checkpoint.keep_best": 1, "data.evaluation": ["held.parquet"]},
+        "checkpoint.keep_best = 1: needs steps with an evaluation and a checkpoint, found data.evaluation of 1 files, "
+        "evaluation.every = 0, checkpoint.every = 10",
+        {"evaluation.every": 20},
+    ),
+    (
+        {"checkpoint.keep_best": 1, "evaluation.every": 5},
+        "checkpoint.keep_best = 1: needs steps with an evaluation and a checkpoint, found data.evaluation of 0 files",
+        {"data.evaluation": ["held.parquet"]},
+    ),
+    (
+        {"checkpoint.keep_best": 1, "evaluation.every": 15, "data.evaluation": ["held.parquet"]},
+        "checkpoint.keep_best = 1: compares the steps that have an evaluation and a checkpoint",
+        {"evaluation.every": 5},
+    ),
 ]
 
 

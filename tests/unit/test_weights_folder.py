@@ -18,7 +18,8 @@ from torch import Tensor
 
 from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.weights.folder_check import model_folder_problems
-from clipo_megatron.weights.hf_folder import HFReader, HFWriter, write_hf_folder
+from clipo_megatron.weights.hf_folder import HFReader
+from clipo_megatron.weights.hf_writer import HFWriter, write_hf_folder
 
 
 @pytest.fixture(scope="module")

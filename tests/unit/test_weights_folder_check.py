@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import make_tiny_hf
 
+from clipo_megatron.weights.families import FAMILIES
 from clipo_megatron.weights.folder_check import model_folder_problems
 
 
@@ -25,11 +26,11 @@ def _edit_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_sound_folder_has_no_problems(tmp_path: Path, family: str, tied: bool) -> None:
     folder = make_tiny_hf(tmp_path, family, tied=tied, dtype="bfloat16", max_shard_size="100KB")
-    share = 2 if family == "qwen3_moe" else 1
+    share = 2 if FAMILIES[family].has_experts else 1
     assert model_folder_problems(folder, tp=2, pp=2, ep=share, etp=share, rollout_tp=4) == []
 
 
