@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from clipo_megatron.checks.trainer_layout import parallel_layout
 from clipo_megatron.errors import ConfigError
-from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.sync.placement import Link, place_apart, place_together
 from clipo_megatron.sync.plan import EngineLayout, SyncPlan
@@ -70,31 +70,15 @@ def show_plan(recipe: Recipe, arch: Architecture, args: argparse.Namespace) -> N
     Raises:
         ConfigError: the engines can't be split so, or the file can't be written.
     """
-    layout = recipe.layout
-    trainer = ParallelLayout(
-        world_size=layout.world_size,
-        tp=layout.tp,
-        pp=layout.pp,
-        vpp=layout.vpp,
-        cp=layout.cp,
-        ep=layout.ep,
-        etp=layout.etp,
-    )
+    trainer = parallel_layout(recipe)
     engines = EngineLayout(engines=recipe.rollout.engines, tp=recipe.rollout.tp, expert_parallel=args.expert_parallel)
     place = place_together if args.colocated else place_apart
     placement = place(
         trainer_ranks=trainer.world_size, engine_ranks=engines.num_ranks, gpus_per_node=args.gpus_per_node
     )
     plan = plan_sync(arch, trainer, engines, placement, dtype=recipe.model.dtype)
-    if args.json is not None:
-        try:
-            args.json.write_text(to_json(plan) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"--json = {args.json}: can't be written ({error.strerror}); give another file"
-            ) from error
     bandwidths = Bandwidths(same_node=args.nvlink_gbs, network=args.network_gbs, memory=args.memory_gbs)
-    _print(plan, bandwidths, degrees=layout.degrees)
+    _print(plan, bandwidths, degrees=recipe.layout.degrees)
     if args.json is not None:
         try:
             args.json.write_text(_as_json(plan, bandwidths) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from clipo_megatron.algorithms.contrastive import Objective
-from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.checks.trainer_layout import parallel_layout
 from clipo_megatron.policy.precision import PrecisionSettings
 from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings, PolicySettings
 from clipo_megatron.recipe import Recipe
@@ -83,20 +83,6 @@ def _contrastive_settings(recipe: Recipe) -> ContrastiveSettings:
         head_frozen=contrastive.head_frozen,
         pool=contrastive.pool,
         policy_gradient_weight=contrastive.policy_gradient_weight,
-    )
-
-
-def parallel_layout(recipe: Recipe) -> ParallelLayout:
-    """How the recipe splits the trainer's ranks."""
-    layout = recipe.layout
-    return ParallelLayout(
-        world_size=layout.world_size,
-        tp=layout.tp,
-        pp=layout.pp,
-        vpp=layout.vpp,
-        cp=layout.cp,
-        ep=layout.ep,
-        etp=layout.etp,
     )
 
 
