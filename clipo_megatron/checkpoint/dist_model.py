@@ -28,7 +28,7 @@ from clipo_megatron.weights.names import EMBEDDING, OUTPUT_LAYER, hf_tensor_spec
 Tag = TypeVar("Tag")
 
 BLOCK_BYTES = 2**20
-"""Of a tensor in one buffer, unless a single row is longer."""
+"""Of a tensor in one buffer, unless a single row is longer: few enough to be in the cache still when they are written."""
 VOCABULARY_KEYS = (EMBEDDING, OUTPUT_LAYER)
 """Global tensors whose rows may be padded."""
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -108,7 +108,7 @@ class DistModel:
 
 
 def read_ahead(
-    reader: DistReader, boxes: Iterable[tuple[Tag, GlobalBox]], *, num_buffers: int = 3
+    reader: DistReader, boxes: Iterable[tuple[Tag, GlobalBox]], *, num_buffers: int = 4
 ) -> Iterator[tuple[Tag, Tensor]]:
     """Read boxes in blocks; while the caller works on one, a thread reads the next ones.
 

@@ -100,7 +100,7 @@ def blocks_of(
     Args:
         megatron_name: with the numbers of layer and expert in the whole model.
         arch: of the model.
-        layout: which `weights.folder_check.layout_problems` finds no fault in.
+        layout: which `weights.layout_check.layout_problems` finds no fault in.
         stage: that holds the parameter.
         padded_vocab: rows of the embedding over all tp ranks.
         max_elements: of a block, unless a single row is longer.

@@ -5,6 +5,7 @@ Streamed: a block of one tensor is in memory at a time. All that can be known to
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import operator
@@ -67,9 +68,20 @@ def export_model(
         model = DistModel(reader, architecture)
         total = _exported_bytes(model, dtype)
         _check_space(folder, total)
-        with HFWriter(folder, source=companions, dtype=dtype) as writer:
+        with _one_core_each(), HFWriter(folder, source=companions, dtype=dtype) as writer:
             _copy_tensors(reader, model, writer, _Progress(total, on_progress), dtype)
             return writer.finish()
+
+
+@contextlib.contextmanager
+def _one_core_each() -> Iterator[None]:
+    """No threads inside torch's copies: they would wait for the next one with full load, on the cores that read and write."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Progress:

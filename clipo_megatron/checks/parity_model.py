@@ -12,8 +12,8 @@ from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.recipe.sections import LayoutSection
 from clipo_megatron.weights.architecture import Architecture, read_architecture
 from clipo_megatron.weights.counts import parameter_count
-from clipo_megatron.weights.folder_check import layout_problems
 from clipo_megatron.weights.hf_folder import HFReader
+from clipo_megatron.weights.layout_check import layout_problems
 from clipo_megatron.weights.reduced import (
     first_layers_config,
     has_weights,

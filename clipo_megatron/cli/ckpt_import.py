@@ -19,7 +19,7 @@ from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe.load import read_recipe
 from clipo_megatron.recipe.sections import LayoutSection
 from clipo_megatron.weights.architecture import DTYPES, read_architecture
-from clipo_megatron.weights.folder_check import layout_problems
+from clipo_megatron.weights.layout_check import layout_problems
 
 if TYPE_CHECKING:
     from clipo_megatron.checkpoint.conversion_plan import ImportPlan, RankShare

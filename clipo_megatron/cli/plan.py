@@ -20,7 +20,7 @@ from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.load import read_recipe
 from clipo_megatron.weights.architecture import CONFIG_FILE, Architecture, read_architecture
-from clipo_megatron.weights.folder_check import layout_problems
+from clipo_megatron.weights.layout_check import layout_problems
 
 _WARN_SHARE = 0.9
 _WIDTH = 120

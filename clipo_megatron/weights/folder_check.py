@@ -7,9 +7,9 @@ from typing import cast
 
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.weights.architecture import CONFIG_FILE, DTYPES, Architecture, read_architecture, read_json_object
-from clipo_megatron.weights.families import FAMILIES
 from clipo_megatron.weights.hf_folder import HFReader
-from clipo_megatron.weights.names import hf_tensor_specs, uneven_stages
+from clipo_megatron.weights.layout_check import layout_problems
+from clipo_megatron.weights.names import hf_tensor_specs
 
 _TOKENIZER_FILE = "tokenizer.json"
 _OUTPUT_TENSOR = "lm_head.weight"
@@ -53,55 +53,6 @@ def model_folder_problems(
         problems += layout_problems(arch, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, rollout_tp=rollout_tp)
         problems += _tokenizer_problems(folder, arch)
     return problems
-
-
-def layout_problems(arch: Architecture, *, tp: int, pp: int, vpp: int, ep: int, etp: int, rollout_tp: int) -> list[str]:
-    """Layouts that the model can't be split by; arguments and result as in `model_folder_problems`."""
-    problems = [
-        *_uneven("layout.tp", tp, "num_attention_heads", arch.num_heads),
-        *_uneven("layout.tp", tp, "num_key_value_heads", arch.num_kv_heads),
-    ]
-    if arch.experts is not None:
-        problems += _uneven("layout.ep", ep, "number of experts", arch.experts.num_experts)
-        problems += _uneven("layout.etp", etp, _expert_width_key(arch), arch.experts.ffn_size)
-    else:
-        problems += _uneven("layout.tp", tp, "intermediate_size", arch.ffn_size)
-        problems += [
-            f"{key} = {degree}: a {arch.family} model has no experts to share out; set it to 1"
-            for key, degree in (("layout.ep", ep), ("layout.etp", etp))
-            if degree > 1
-        ]
-    if arch.num_layers % (pp * vpp):
-        problems.append(uneven_stages(arch.num_layers, pp=pp, vpp=vpp))
-    return problems + _rollout_problems(arch, rollout_tp)
-
-
-def _rollout_problems(arch: Architecture, tp: int) -> list[str]:
-    problems = _uneven("rollout.tp", tp, "num_attention_heads", arch.num_heads)
-    if arch.num_kv_heads % tp and tp % arch.num_kv_heads:
-        problems.append(
-            f"rollout.tp = {tp}: must divide the model's num_key_value_heads = {arch.num_kv_heads} or be a multiple of "
-            "it; choose another rollout.tp"
-        )
-    if arch.experts is not None:
-        problems += _uneven("rollout.tp", tp, _expert_width_key(arch), arch.experts.ffn_size)
-        if tp > arch.experts.num_experts:
-            problems.append(
-                f"rollout.tp = {tp}: vLLM needs at least as many experts, and the model has "
-                f"{arch.experts.num_experts}; choose a smaller rollout.tp"
-            )
-    return problems
-
-
-def _expert_width_key(arch: Architecture) -> str:
-    return FAMILIES[arch.family].expert_keys.ffn_size
-
-
-def _uneven(key: str, degree: int, name: str, size: int) -> list[str]:
-    """The fault of a degree that does not divide one of the model's sizes, if it is one."""
-    if size % degree == 0:
-        return []
-    return [f"{key} = {degree}: must divide the model's {name} = {size}; choose another {key}"]
 
 
 def _tensor_problems(reader: HFReader, arch: Architecture) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,10 @@ def test_the_public_names_are_these():
         "load_recipe",
     ]
     assert all(hasattr(clipo_megatron, name) for name in clipo_megatron.__all__)
+
+
+def test_the_command_line_loads_without_torch():
+    """Each verifier process loads it again, and a login node may have no torch."""
+    source = "import sys, clipo_megatron.cli.main; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr

@@ -16,7 +16,7 @@ from clipo_megatron.checks.memory import GIB, MemoryEstimate, estimate_memory
 from clipo_megatron.cli.main import main
 from clipo_megatron.weights.architecture import Architecture, read_architecture
 from clipo_megatron.weights.counts import parameter_count
-from clipo_megatron.weights.folder_check import layout_problems
+from clipo_megatron.weights.layout_check import layout_problems
 from examples.quickstart import prepare
 
 EXAMPLES = Path(prepare.__file__).parent.parent

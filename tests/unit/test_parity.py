@@ -22,8 +22,8 @@ from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.recipe.sections import LayoutSection
 from clipo_megatron.weights.architecture import read_architecture
 from clipo_megatron.weights.families import FAMILIES
-from clipo_megatron.weights.folder_check import layout_problems
 from clipo_megatron.weights.hf_folder import HFReader
+from clipo_megatron.weights.layout_check import layout_problems
 from clipo_megatron.weights.names import hf_tensor_specs
 
 LAYOUTS = {
