@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.gpu_cases import Held, make_folder, saved_and_restored
 from support.policy_cases import (
     CONTRASTIVE,
     OPTIMIZER,
@@ -227,6 +228,22 @@ def test_a_state_that_went_through_another_layout_is_the_same_bit_for_bit(folder
                 shape = first.shape(key)
                 boxes = [reader.read_box(key, start=(0,) * len(shape), shape=shape) for reader in (first, third)]
                 assert torch.equal(*boxes), key
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_a_checkpoint_holds_what_the_policy_held_when_it_was_begun(tmp_path, name):
+    (tmp_path / "state").mkdir()
+    model = make_folder(tmp_path / "model", name)
+    ((before, after, restored),) = run_ranks(_saved_and_restored, model, tmp_path / "state", world_size=1)
+    assert restored.updates == before.updates == 1
+    for wanted, found in ((before.weights, restored.weights), (before.optimizer, restored.optimizer)):
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    assert any(not torch.equal(after.weights[key], value) for key, value in before.weights.items())
+
+
+def _saved_and_restored(model: Path, state: Path) -> tuple[Held, Held, Held]:
+    return saved_and_restored(model, state, device="cpu")
 
 
 def _started_from(model: Path, state: Path, layout: ParallelLayout, dtype: str) -> dict[str, torch.Tensor]:

@@ -20,18 +20,22 @@ from support.policy_cases import (
     make_advantages,
     make_batch,
     make_worker,
+    save_state,
     scored,
     share_scores,
+    weights_of,
 )
 from support.tiny_models import make_tiny_hf
 from transformers import AutoModelForCausalLM
 
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.policy.precision import PrecisionSettings
+from clipo_megatron.policy.worker import PolicyWorker
 from clipo_megatron.records import RolloutBatch
 
 ONE = ParallelLayout(world_size=1)
 NO_FP8 = PrecisionSettings()
+ONE_UPDATE = replace(ALGORITHM, updates_per_step=1, kl_coefficient=0.0)
 TEMPERATURE = 0.8
 FAMILIES: dict[str, dict[str, object]] = {
     "qwen3": {"family": "qwen3"},
@@ -147,7 +151,7 @@ def train(
         precision=precision,
         micro_batch_tokens=TOKENS,
         temperature=TEMPERATURE,
-        algorithm=replace(ALGORITHM, updates_per_step=1, kl_coefficient=0.0),
+        algorithm=ONE_UPDATE,
         optimizer=replace(OPTIMIZER, learning_rate=learning_rate),
     )
     batch = gpu_batch()
@@ -178,3 +182,40 @@ def cosines_by_kind(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torc
         kind: float(torch.nn.functional.cosine_similarity(together(found, names), together(wanted, names), dim=0))
         for kind, names in kinds.items()
     }
+
+
+@dataclass(frozen=True)
+class Held:
+    """A policy's weights and AdamW's values, on the host."""
+
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    updates: int
+
+
+def saved_and_restored(folder: Path, state: Path, *, device: str) -> tuple[Held, Held, Held]:
+    """What a policy held when it was saved, what it held after a step that was taken while the file was written, and what
+    a new policy holds that was given the checkpoint."""
+    options = {"device": device, "dtype": "bfloat16", "micro_batch_tokens": TOKENS, "algorithm": ONE_UPDATE}
+    batch = gpu_batch()
+    worker = make_worker(folder, ONE, **options)
+    ready = scored(batch, share_scores(worker.score(batch, step=0, with_reference=False), ONE))
+    worker.train(ready, step=0)
+    before = _held(worker)
+    save_state(worker, state, meanwhile=lambda: worker.train(ready, step=1))
+    after = _held(worker)
+    restored = make_worker(folder, ONE, **options)
+    restored.load(state)
+    return before, after, _held(restored)
+
+
+def _held(worker: PolicyWorker) -> Held:
+    return Held(
+        weights={name: weight.cpu() for name, weight in weights_of(worker).items()},
+        optimizer={
+            f"{shard.name}: {kind}": value.cpu().clone()
+            for shard in worker._state._shards
+            for kind, value in shard.values().items()
+        },
+        updates=worker._optimizer.updates,
+    )

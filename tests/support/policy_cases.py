@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -115,11 +116,15 @@ def scored(batch: RolloutBatch, scores: Scores, *, noise: float = 0.3) -> Rollou
     )
 
 
-def save_state(worker: PolicyWorker, folder: Path) -> None:
-    """Write a whole checkpoint of the policy into `folder`, as the driver of a run does. Collective over all ranks."""
+def save_state(worker: PolicyWorker, folder: Path, *, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Write a whole checkpoint of the policy into `folder`, as the driver of a run does. Collective over all ranks.
+
+    `meanwhile` is done between the snapshot and the end of its writing.
+    """
     worker.begin_save(folder)
-    shares: list[tuple[tuple[WrittenFile, ...], dict[str, object] | None]] = [((), None)] * dist.get_world_size()
     plain = worker.training_plain() if worker.reports else None
+    meanwhile()
+    shares: list[tuple[tuple[WrittenFile, ...], dict[str, object] | None]] = [((), None)] * dist.get_world_size()
     dist.all_gather_object(shares, (worker.finish_save(), plain))
     if dist.get_rank() == 0:
         write_index(folder, [file for files, _ in shares for file in files])
