@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
@@ -63,6 +64,8 @@ class HFWriter:
         self._partial = partial_folder(folder)
         self._shard: SafetensorsWriter | None = None
         self._shards: list[list[str]] = []
+        self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="sync-shard")
+        self._synced: Future[None] | None = None
         self._total_bytes = 0
         self._dtypes: set[str] = set()
         self._missing = dict(self._specs)
@@ -81,6 +84,7 @@ class HFWriter:
 
     def discard(self) -> None:
         """Remove what was written, unless it is finished."""
+        self._sync_thread.shutdown()
         if self._shard is not None:
             self._shard.close()
             self._shard = None
@@ -151,6 +155,8 @@ class HFWriter:
             )
         try:
             self._finish_shard()
+            self._sync_thread.shutdown()
+            self._finish_shard()  # its errors
             self._name_shards()
             self._copy_companions()
             for path in self._partial.iterdir():
@@ -168,15 +174,24 @@ class HFWriter:
         is_full = shard is not None and shard.num_bytes > 0 and shard.num_bytes + num_bytes > self._max_shard_bytes
         if shard is None or is_full or not shard.takes(dtype):
             self._finish_shard()
-            shard = SafetensorsWriter(self._partial / f"{len(self._shards)}.safetensors", room_for=self._missing)
+            expected = sum(torch.Size(shape).numel() for shape in self._missing.values()) * dtype.itemsize
+            shard = SafetensorsWriter(
+                self._partial / f"{len(self._shards)}.safetensors",
+                room_for=self._missing,
+                expected_bytes=max(num_bytes, min(expected, self._max_shard_bytes)),
+            )
             self._shard = shard
         return shard
 
     def _finish_shard(self) -> None:
+        """Hand the file to the thread that waits for the disk, while the next one is written."""
+        if self._synced is not None:
+            self._synced.result()
+            self._synced = None
         if self._shard is not None:
-            self._shard.finish()
             self._shards.append(self._shard.names)
             self._total_bytes += self._shard.num_bytes
+            self._synced = self._sync_thread.submit(self._shard.finish)
             self._shard = None
 
     def _unwritable(self, error: OSError) -> CheckpointError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 from pathlib import Path
 from unittest import mock
@@ -15,6 +16,7 @@ from support.ranks import run_ranks
 from support.tiny_models import make_tiny_hf
 
 from clipo_megatron.checkpoint.verify import verify_folder, verify_folders
+from clipo_megatron.checks.local_ranks import start_server
 from clipo_megatron.cli.main import main
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.policy.cpu import cuda_means_cpu
@@ -50,3 +52,22 @@ def test_what_megatron_saved_exports_to_the_weights_that_it_was_given(tmp_path, 
         assert torch.equal(got[name], tensor), name
     assert verify_folders(model, saved).is_clean
     assert verify_folder(saved, config=model).is_clean
+
+
+def test_another_number_format_is_a_difference_but_none_of_forward_passes(tmp_path, capsys):
+    start_server(["clipo_megatron.policy.logits"])
+    model = make_tiny_hf(tmp_path / "hf", "llama", vocab_size=307, tokenizer_size=280)
+    imported, rounded = str(tmp_path / "imported"), str(tmp_path / "rounded")
+    assert main(["ckpt", "import", str(model), imported, "--layout", "tp=2"]) == 0
+    assert main(["ckpt", "export", imported, rounded, "--dtype", "bfloat16"]) == 0
+    assert main(["ckpt", "verify", imported, rounded]) == 1
+    capsys.readouterr()
+    assert main(["ckpt", "verify", imported, rounded, "--logits", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["clean"]
+    assert report["logits"]["rounded_to"] == "bfloat16"
+    assert {difference["kind"] for difference in report["differences"]} == {"dtype"}
+    assert main(["ckpt", "verify", imported, "--logits"]) == 2
+    other = make_tiny_hf(tmp_path / "other", "llama", vocab_size=307, tokenizer_size=280, num_layers=1)
+    assert main(["ckpt", "verify", imported, str(other), "--logits"]) == 1
+    assert "forward passes were not compared" in capsys.readouterr().out
