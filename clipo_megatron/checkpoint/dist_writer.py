@@ -6,6 +6,7 @@ import math
 import os
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +16,8 @@ from clipo_megatron.checkpoint.dist_archive import STORAGE_NAMES, archive_frame,
 from clipo_megatron.checkpoint.dist_crc import joined_checksum
 from clipo_megatron.checkpoint.dist_index import Chunk, WrittenFile, sync_folder
 from clipo_megatron.errors import CheckpointError
+
+_LARGE_BYTES = 1 << 20
 
 
 class DistWriter:
@@ -34,6 +37,7 @@ class DistWriter:
         self._chunks: list[Chunk] = []
         self._num_bytes = 0
         self._checksum = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chunk")
         try:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -71,12 +75,14 @@ class DistWriter:
         if tensor.numel() == 0 and 0 not in global_shape:
             return
         content = bytes_of(tensor.detach().cpu().contiguous())
-        checksum = zlib.crc32(content)
+        # What stands before the elements has the same length whatever their checksum is.
+        head, _ = archive_frame(dtype, shape, num_bytes=len(content), checksum=0)
+        checksum = self._write_and_sum(content, self._num_bytes + len(head))
         head, tail = archive_frame(dtype, shape, num_bytes=len(content), checksum=checksum)
         before = zlib.crc32(head, self._checksum)
         self._checksum = zlib.crc32(tail, joined_checksum(before, checksum, len(content)))
-        for part in (head, content, tail):
-            self._append(part)
+        self._write_at(head, self._num_bytes)
+        self._write_at(tail, self._num_bytes + len(head) + len(content))
         length = len(head) + len(content) + len(tail)
         self._chunks.append(
             Chunk(
@@ -117,15 +123,28 @@ class DistWriter:
         self._path.unlink(missing_ok=True)
 
     def _close(self) -> None:
+        self._thread.shutdown(wait=False)
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _append(self, content: bytes | memoryview) -> None:
+    def _write_and_sum(self, content: memoryview, place: int) -> int:
+        """Write elements at `place` of the file; their CRC-32. Large ones are written by a thread while they are summed."""
+        if len(content) < _LARGE_BYTES:
+            self._write_at(content, place)
+            return zlib.crc32(content)
+        written = self._thread.submit(self._write_at, content, place)
+        try:
+            return zlib.crc32(content)  # gives up the interpreter lock, as the write does
+        finally:
+            written.result()
+
+    def _write_at(self, content: bytes | memoryview, place: int) -> None:
         rest = memoryview(content)
         try:
             while len(rest):
-                rest = rest[os.write(self._descriptor, rest) :]
+                count = os.pwrite(self._descriptor, rest, place)
+                rest, place = rest[count:], place + count
         except OSError as error:
             self._refuse(error)
 
