@@ -8,6 +8,7 @@ FOLDER.partial/model/        becomes FOLDER by a rename, once all of it is on di
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from clipo_megatron.checkpoint.checksum import file_checksum
 from clipo_megatron.checkpoint.dist_index import WrittenFile, sync_folder
 from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.weights.hf_writer import partial_folder
@@ -55,11 +57,10 @@ class PartialImport:
     def __enter__(self) -> Self:
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = _acquire(self.partial / _LOCK)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._release)
             self._open()
-        except BaseException:
-            self._release()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(
@@ -112,7 +113,7 @@ class PartialImport:
         for path in sorted((self.partial / _UNITS).iterdir()):
             content = _read_json(path)
             files = _written_files(content) if path.suffix == ".json" else None
-            if files is not None and all(_has_size(self.model / file.name, file.num_bytes) for file in files):
+            if files is not None and all(_is_whole(self.model / file.name, file) for file in files):
                 self.kept[int(path.stem)] = files
             else:
                 path.unlink()
@@ -178,8 +179,10 @@ def _written_files(content: object) -> tuple[WrittenFile, ...] | None:
         return None
 
 
-def _has_size(path: Path, num_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == num_bytes
+def _is_whole(path: Path, written: WrittenFile) -> bool:
+    """Whether a file still has the bytes that were written; it is read once."""
+    is_there = path.is_file() and path.stat().st_size == written.num_bytes
+    return is_there and file_checksum(path) == written.checksum
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clipo_megatron.checkpoint.conversion_record import RECORD_FILE, file_faults, read_record
 from clipo_megatron.checkpoint.dist_index import METADATA
 from clipo_megatron.checkpoint.dist_model import DistModel, config_folder, model_faults, read_ahead
 from clipo_megatron.checkpoint.dist_reader import DistReader
-from clipo_megatron.checkpoint.manifest import MANIFEST, read_manifest
+from clipo_megatron.checkpoint.dist_tensors import damage
 from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.weights.architecture import CONFIG_FILE, DTYPES, Architecture, read_architecture
 from clipo_megatron.weights.hf_folder import INDEX_FILE, SINGLE_FILE
@@ -141,7 +140,7 @@ def _read_config(source: Path, config: Path | None, problems: list[str]) -> tupl
 
 
 def _opened(source: Path, problems: list[str]) -> DistReader:
-    """A reader of the checkpoint, whose files have the names and the sizes that its manifest says.
+    """A reader of the checkpoint, whose files have been compared with the checksums of its manifest, if it has one.
 
     Raises:
         ConfigError: it is no distributed checkpoint, or it can't be read; `problems` come first.
@@ -151,13 +150,8 @@ def _opened(source: Path, problems: list[str]) -> DistReader:
             raise ConfigError(f"{source}: no such folder; give the folder of a distributed checkpoint")
         if not (source / METADATA).exists():
             raise ConfigError(f"{source}: no distributed checkpoint: it has no {METADATA}; {_hint(source)}")
-        if (source / RECORD_FILE).exists():
-            files = read_record(source).files
-            damaged = {name: fault for name, fault in file_faults(source, files).items() if name in files}
-            if damaged:
-                raise ConfigError([f"{source / name}: {fault}; import again" for name, fault in damaged.items()])
-        elif (source / MANIFEST).exists():
-            read_manifest(source)
+        if faults := damage(source):
+            raise ConfigError(faults)
         return DistReader(source)
     except (ConfigError, CheckpointError) as error:
         raise ConfigError([*problems, *(error.problems if isinstance(error, ConfigError) else [str(error)])]) from error

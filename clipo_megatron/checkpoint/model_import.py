@@ -215,16 +215,15 @@ def _write_units(
         syncing: Future[None] | None = None
         for unit, of_unit in itertools.groupby(filled, key=lambda item: item[0]):
             output = _UnitOutput(plan, unit, target, dtype)
-            try:
+            with contextlib.ExitStack() as undo:
+                undo.callback(output.abort)
                 for _, block, elements in of_unit:
                     done += output.write(block, elements)
                     if on_progress is not None:
                         on_progress(block.parameter, done, total)
                 if syncing is not None:
                     syncing.result()
-            except BaseException:
-                output.abort()
-                raise
+                undo.pop_all()
             syncing = pool.submit(output.finish)
         if syncing is not None:
             syncing.result()

@@ -1,4 +1,4 @@
-"""model.weights: a distributed checkpoint against the model whose run is to start from it. Reads its index only."""
+"""model.weights: a distributed checkpoint against the model whose run is to start from it. Reads all its bytes once, if it has checksums."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clipo_megatron.checkpoint.dist_model import model_faults
 from clipo_megatron.checkpoint.dist_reader import DistReader
+from clipo_megatron.checkpoint.dist_tensors import damage
 from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.weights.architecture import read_architecture
 
@@ -29,6 +30,8 @@ def weights_problems(weights: str, model_path: Path) -> list[str]:
             f"model.weights = {weights}: no such folder; give a folder made by `clipo ckpt import`, or the step folder of a "
             "checkpoint"
         ]
+    if faults := damage(folder):
+        return [f"model.weights: {fault}" for fault in faults]
     try:
         with DistReader(folder) as reader:
             faults = model_faults(reader, architecture, folder=folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -71,10 +72,10 @@ class SnapshotWriter:
 
 def _write(path: Path, parts: Sequence[StatePart], copies: Sequence[Tensor]) -> WrittenFile:
     writer = DistWriter(path)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(writer.abort)
         for part, copy in zip(parts, copies, strict=True):
             writer.write(part.key, copy, global_shape=part.global_shape, start=part.start, shape=part.shape)
-        return writer.finish()
-    except BaseException:
-        writer.abort()
-        raise
+        written = writer.finish()
+        undo.pop_all()
+    return written

@@ -201,7 +201,11 @@ def _family(keys: _Keys) -> Family:
     found = keys.get("architectures")
     names = cast("list[object]", found) if isinstance(found, list) else []
     if len(names) == 1 and isinstance(names[0], str) and names[0] in by_class:
-        return by_class[names[0]]
+        family = by_class[names[0]]
+        if keys.get("model_type") not in (None, family.name):
+            # transformers builds the model that model_type names.
+            keys.refuse("model_type", f"must be {family.name}, as architectures = [{names[0]}]; correct the wrong one")
+        return family
     # Without the family the other keys have no meaning, so this fault comes alone.
     keys.refuse("architectures", f"must be one of {', '.join(by_class)}; take a model of these families")
     raise ConfigError(keys.problems)

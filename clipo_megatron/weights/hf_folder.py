@@ -127,7 +127,12 @@ def _files_by_tensor(folder: Path) -> dict[str, str]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index}: no weight_map in it; copy the file again")
-    return {str(name): str(file) for name, file in cast("dict[object, object]", weight_map).items()}
+    files = {str(name): str(file) for name, file in cast("dict[object, object]", weight_map).items()}
+    if outside := sorted({file for file in files.values() if Path(file).name != file}):
+        raise ConfigError(
+            f"{index}: {outside[0]}: must be a file name without folders; take a whole folder of one model"
+        )
+    return files
 
 
 def _check_files(folder: Path, file_of: dict[str, str]) -> dict[str, StoredTensor]:

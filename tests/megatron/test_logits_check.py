@@ -135,7 +135,7 @@ def test_a_folder_that_asks_for_code_of_its_own_runs_none(
     (folder / "modeling_own.py").write_text(f"open({str(ran)!r}, 'w')\n")
     config = (folder / "config.json").read_text()
     own = '"auto_map": {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"},'
-    foreign = config.replace("{", "{" + own, 1).replace('"model_type": "llama"', '"model_type": "own"')
+    foreign = config.replace("{", "{" + own, 1).replace('"model_type": "llama",', "")
     (folder / "config.json").write_text(foreign)
     with pytest.raises(ConfigError, match="transformers does not load it"):
         compare_logits(source, folder)

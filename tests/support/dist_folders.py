@@ -27,6 +27,13 @@ def import_tiny(source: Path, folder: Path, **degrees: int) -> Path:
     return folder
 
 
+def flip_one_bit(path: Path, *, byte: int) -> None:
+    """Flip the lowest bit of one byte of a file, counted from its end where negative."""
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
+
+
 def read_keys(folder: Path) -> dict[str, Tensor]:
     """All tensors by key, as torch.distributed.checkpoint reads them."""
     reader = dcp.FileSystemReader(folder)

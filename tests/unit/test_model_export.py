@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.dist_folders import import_tiny, read_keys, write_keys
+from support.dist_folders import flip_one_bit, import_tiny, read_keys, write_keys
 from support.tiny_models import make_tiny_hf
 from torch import Tensor
 
@@ -62,6 +62,15 @@ def _assert_same(folder: Path, source: Path) -> None:
         assert got[name].dtype == tensor.dtype, name
         assert torch.equal(got[name], tensor), name
     assert model_folder_problems(folder) == []
+
+
+def test_a_flipped_bit_is_refused_before_anything_is_written(imported, tmp_path):
+    source = Path(shutil.copytree(imported["qwen3_moe"], tmp_path / "source"))
+    damaged = sorted(source.glob("*.distcp"))[0]
+    flip_one_bit(damaged, byte=-5000)  # among the elements
+    with pytest.raises(ConfigError, match=rf"{damaged.name}: has checksum"):
+        export_model(source, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -133,6 +142,9 @@ def test_a_training_checkpoint_exports_its_parameters_alone(models, imported, tm
         policy={},
     )
     _assert_same(export_model(step, tmp_path / "out"), models["llama"])
+    flip_one_bit(step / "__0_0.distcp", byte=-8000)
+    with pytest.raises(ConfigError, match=r"__0_0\.distcp has checksum"):
+        export_model(step, tmp_path / "again")
     with (step / "__0_0.distcp").open("ab") as file:
         file.write(b"x")
     with pytest.raises(ConfigError, match=r"__0_0\.distcp has .* bytes, its manifest says"):

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.dist_folders import flip_one_bit
 from support.model_imports import file_bytes, small_import, small_model
 from support.tiny_models import make_tiny_hf
 from torch import Tensor
@@ -354,7 +355,9 @@ def test_a_finished_unit_whose_files_or_note_are_damaged_is_written_again(source
     note.write_text(note.read_text().replace("distcp", "distcq", 1))
     other = json.loads((partial / "units" / finished[1]).read_text())["content"][0]["name"]
     os.truncate(partial / "model" / other, 100)
-    assert small_import(source, target, tp=2, pp=2).num_kept == len(finished) - 2
+    flipped = json.loads((partial / "units" / finished[2]).read_text())["content"][0]["name"]
+    flip_one_bit(partial / "model" / flipped, byte=-5000)  # among the elements, of the same size
+    assert small_import(source, target, tp=2, pp=2).num_kept == len(finished) - 3
     assert file_bytes(target) == whole
 
 

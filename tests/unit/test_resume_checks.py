@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from support.checkpoints import POLICY, RANK_FILES, make_identity, write_checkpoint
+from support.dist_folders import flip_one_bit, import_tiny
 from support.tiny_models import make_tiny_hf
 
 from clipo_megatron.checkpoint.dist_index import write_index
@@ -225,6 +226,15 @@ def test_all_faults_of_the_weights_are_told_at_once(tmp_path, model, shapes):
     assert all(problem.startswith("model.weights: ") for problem in problems)
     for words in (norm, qkv, "linear_qkv.bias", "embedding.word_embeddings.weight has shape (300"):
         assert [problem for problem in problems if words in problem], (words, problems)
+
+
+def test_weights_with_a_flipped_bit_are_refused(tmp_path, model):
+    folder = import_tiny(model, tmp_path / "weights", tp=2)
+    assert weights_problems(str(folder), model) == []
+    damaged = sorted(folder.glob("*.distcp"))[0]
+    flip_one_bit(damaged, byte=-5000)
+    [problem] = weights_problems(str(folder), model)
+    assert f"{damaged.name}: has checksum" in problem
 
 
 def test_weights_that_are_no_such_folder_are_told(tmp_path, model):

@@ -269,6 +269,15 @@ def test_a_model_that_can_not_be_built_is_refused_by_its_key(
     assert all(str(tmp_path) in problem for problem in caught.value.problems)
 
 
+def test_architectures_and_model_type_must_name_the_same_family(tmp_path: Path) -> None:
+    """transformers builds what model_type names: without norms of query and key here."""
+    assert read_architecture(_write(tmp_path, QWEN3_8B | {"model_type": "qwen3"})).family == "qwen3"
+    with pytest.raises(
+        ConfigError, match=r'model_type = "llama": must be qwen3, as architectures = \[Qwen3ForCausalLM\]'
+    ):
+        read_architecture(_write(tmp_path, QWEN3_8B | {"model_type": "llama"}))
+
+
 def test_all_faults_of_a_config_are_reported_together(tmp_path: Path) -> None:
     config = {key: value for key, value in QWEN2P5_3B.items() if key not in ("rms_norm_eps", "intermediate_size")}
     with pytest.raises(ConfigError) as caught:

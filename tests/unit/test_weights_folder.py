@@ -71,6 +71,16 @@ def test_a_file_cut_anywhere_is_refused_by_name(single: Path, share: float) -> N
             HFReader(Path(folder))
 
 
+def test_an_index_that_leaves_the_folder_is_refused(sharded: Path, tmp_path: Path) -> None:
+    folder = _copy(sharded, tmp_path / "inside")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    name, file = next(iter(index["weight_map"].items()))
+    index["weight_map"][name] = f"../{sharded.name}/{file}"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="must be a file name without folders"):
+        HFReader(folder)
+
+
 def test_a_truncated_shard_a_missing_shard_and_an_absent_tensor_are_reported_together(
     sharded: Path, tmp_path: Path
 ) -> None:
