@@ -23,7 +23,7 @@ from typing import Self
 from clipo_megatron.checkpoint.checksum import file_checksum
 from clipo_megatron.checkpoint.dist_index import WrittenFile, sync_folder
 from clipo_megatron.errors import CheckpointError, ConfigError
-from clipo_megatron.weights.hf_writer import partial_folder
+from clipo_megatron.weights.hf_writer import parent_problems, partial_folder
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,8 @@ def folder_problems(folder: Path, *, source: Path) -> list[str]:
     """Why `source` can't be imported into `folder`, if it can't."""
     if os.path.lexists(folder):
         return [f"{folder}: exists; remove it, or give another folder"]
+    if problems := parent_problems(folder):
+        return problems
     if source.resolve() in folder.resolve().parents:
         return [f"{folder}: lies in {source}, which stays as it is; give a folder outside of it"]
     partial = partial_folder(folder)

@@ -23,7 +23,7 @@ from clipo_megatron.checkpoint.dist_tensors import damage
 from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.weights.architecture import CONFIG_FILE, DTYPES, Architecture, read_architecture
 from clipo_megatron.weights.hf_folder import INDEX_FILE, SINGLE_FILE
-from clipo_megatron.weights.hf_writer import HFWriter, partial_folder
+from clipo_megatron.weights.hf_writer import HFWriter, parent_problems, partial_folder
 
 OnProgress = Callable[[str, int, int], None]
 """Takes the tensor's name, the bytes written so far and the bytes to write in all."""
@@ -115,6 +115,7 @@ def _path_problems(source: Path, folder: Path, config: Path | None) -> list[str]
     problems: list[str] = []
     if folder.exists():
         problems.append(f"{folder}: exists; remove it or write to another folder")
+    problems += parent_problems(folder)
     # The writer clears the place where it makes the folder.
     made_at = partial_folder(folder).resolve()
     problems += [

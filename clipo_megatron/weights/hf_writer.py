@@ -231,6 +231,14 @@ def write_hf_folder(
         return writer.finish()
 
 
+def parent_problems(folder: Path) -> list[str]:
+    """Why nothing can be made at `folder`, as far as the folders above it tell."""
+    above = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+        return []
+    return [f"{folder}: {above} is no folder that can be written to; give another folder"]
+
+
 def partial_folder(folder: Path) -> Path:
     """Where HFWriter makes `folder` before it has its name."""
     return folder.with_name(folder.name + ".partial")

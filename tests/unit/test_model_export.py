@@ -64,6 +64,14 @@ def _assert_same(folder: Path, source: Path) -> None:
     assert model_folder_problems(folder) == []
 
 
+@pytest.mark.parametrize("action", ["export", "import"])
+def test_a_target_below_a_file_is_refused_with_what_is_there(models, imported, tmp_path, capsys, action):
+    (tmp_path / "file").write_text("")
+    source, options = (imported["llama"], []) if action == "export" else (models["llama"], ["--layout", "tp=1"])
+    assert main(["ckpt", action, str(source), str(tmp_path / "file" / "out"), *options]) == 2
+    assert f"{tmp_path / 'file'} is no folder that can be written to" in capsys.readouterr().err
+
+
 def test_a_flipped_bit_is_refused_before_anything_is_written(imported, tmp_path):
     source = Path(shutil.copytree(imported["qwen3_moe"], tmp_path / "source"))
     damaged = sorted(source.glob("*.distcp"))[0]
