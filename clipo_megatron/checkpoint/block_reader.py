@@ -19,6 +19,7 @@ from torch import Tensor
 from clipo_megatron.checkpoint.conversion_plan import ITEM_BYTES
 from clipo_megatron.checkpoint.import_blocks import Block
 from clipo_megatron.errors import CheckpointError
+from clipo_megatron.weights.finite import all_finite
 from clipo_megatron.weights.hf_folder import HFReader
 
 Tag = TypeVar("Tag")
@@ -40,7 +41,7 @@ def read_blocks(
         differ in it). Elements are valid until the next step of the iteration; the vocabulary's padding is zeros.
 
     Raises:
-        CheckpointError: a file can't be read, or became shorter after its header was checked.
+        CheckpointError: a file can't be read, or became shorter after its header was checked; a value is not finite.
     """
     buffer_bytes = max_elements * max(ITEM_BYTES.values())
     free = [torch.empty(buffer_bytes, dtype=torch.uint8) for _ in range(num_buffers)]
@@ -92,6 +93,12 @@ class _Files:
             into = part if own == dtype else torch.empty(read.count, dtype=own)
             path, stored = self._reader.stored(read.tensor)
             self._read(path, stored.start + read.start * own.itemsize, into.view(torch.uint8).numpy().data)
+            # In the thread that reads: 0.05 s/GB, about a tenth of the time of `cp`.
+            if not all_finite(into):
+                raise CheckpointError(
+                    f"{path}: {read.tensor}: holds values that are not finite; take another copy of the model (`clipo ckpt "
+                    f"verify {path.parent}` places them)"
+                )
             if into is not part:
                 part.copy_(into)
         elements[block.num_read :].zero_()

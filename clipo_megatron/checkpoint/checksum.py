@@ -14,9 +14,15 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+from clipo_megatron.checkpoint.sizes import size_text
+
 logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[str, int, int], None]
+"""Takes the file's path, the bytes read so far and the bytes to read in all; called by several threads, one at a time."""
 
 _BLOCK_BYTES = 4 << 20
 _MAX_THREADS = 8
@@ -43,22 +49,25 @@ def file_checksum(path: Path, on_bytes: Callable[[int], None] | None = None) -> 
     return f"{crc:08x}"
 
 
-def content_faults(folder: Path, checksums: Mapping[str, str]) -> dict[str, str]:
+def content_faults(
+    folder: Path, checksums: Mapping[str, str], *, on_progress: OnProgress | None = None
+) -> dict[str, str]:
     """Compare files with their checksums, several at a time; logs its progress and the time taken.
 
     Args:
         folder: of the files.
         checksums: expected checksum of each file name.
+        on_progress: called after each block of a file.
 
     Returns:
         Name to what is wrong with it, of the damaged files only.
     """
     total = sum((folder / name).stat().st_size for name in checksums)
-    reading = _Reading(folder, total)
+    reading = _Reading(folder, total, on_progress)
 
     def fault(name: str) -> str | None:
         try:
-            found = file_checksum(folder / name, reading.add)
+            found = file_checksum(folder / name, partial(reading.add, name))
         except OSError as error:
             return f"can't be read ({error})"
         return None if found == checksums[name] else f"has checksum {found}, its manifest says {checksums[name]}"
@@ -73,29 +82,32 @@ def content_faults(folder: Path, checksums: Mapping[str, str]) -> dict[str, str]
 class _Reading:
     """Bytes read by all threads, logged every ten seconds."""
 
-    def __init__(self, folder: Path, total: int) -> None:
+    def __init__(self, folder: Path, total: int, on_progress: OnProgress | None) -> None:
         self._folder = folder
         self._total = total
+        self._on_progress = on_progress
         self._done = 0
         self._lock = threading.Lock()
         self._started = self._logged = time.perf_counter()
 
-    def add(self, count: int) -> None:
+    def add(self, name: str, count: int) -> None:
         with self._lock:
             self._done += count
+            if self._on_progress is not None:
+                self._on_progress(f"checksum of {self._folder / name}", self._done, self._total)
             moment = time.perf_counter()
             if moment - self._logged < _LOG_EVERY_S:
                 return
             self._logged = moment
-            logger.info("checking %s: %.1f of %.1f GB", self._folder, self._done / 1e9, self._total / 1e9)
+            logger.info("checking %s: %s of %s", self._folder, size_text(self._done), size_text(self._total))
 
     def finish(self, num_files: int) -> None:
         seconds = time.perf_counter() - self._started
         logger.info(
-            "checked %s: %d files, %.3f GB in %.2f s, %.0f MB/s",
+            "checked %s: %d files, %s in %.2f s, %.0f MB/s",
             self._folder,
             num_files,
-            self._done / 1e9,
+            size_text(self._done),
             seconds,
             self._done / 1e6 / max(seconds, 1e-9),
         )

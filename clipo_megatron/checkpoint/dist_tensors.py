@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipo_megatron.checkpoint.checksum import content_faults
+from clipo_megatron.checkpoint.checksum import OnProgress, content_faults
 from clipo_megatron.checkpoint.conversion_record import RECORD_FILE, file_faults, read_record
 from clipo_megatron.checkpoint.dist_model import (
     EXTRA_STATE,
@@ -158,13 +158,17 @@ def _is_state_key(key: str) -> bool:
     return not is_model_key(key) and not key.startswith(_OF_RANK) and EXTRA_STATE not in key
 
 
-def damage(folder: Path) -> list[str]:
+def damage(folder: Path, *, on_progress: OnProgress | None = None) -> list[str]:
     """Files of a checkpoint that are missing, unknown, or differ from the size or checksum in its manifest.
 
     Reads all bytes. Empty where nothing is wrong, and for a folder without a manifest: Megatron writes none.
+
+    Args:
+        folder: of the checkpoint.
+        on_progress: called after each block of a file.
     """
     if (folder / MANIFEST).exists():
-        return [f"{folder}: {fault}" for fault in find_damage(folder)]
+        return [f"{folder}: {fault}" for fault in find_damage(folder, on_progress=on_progress)]
     if not (folder / RECORD_FILE).exists():
         return []
     try:
@@ -173,5 +177,5 @@ def damage(folder: Path) -> list[str]:
         return [str(error)]
     faults = file_faults(folder, record.files)
     sums = {name: checksum for name, checksum in record.checksums.items() if name not in faults}
-    faults |= content_faults(folder, sums)
+    faults |= content_faults(folder, sums, on_progress=on_progress)
     return [f"{folder / name}: {fault}; import the model again" for name, fault in sorted(faults.items())]

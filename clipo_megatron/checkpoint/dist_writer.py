@@ -16,6 +16,7 @@ from clipo_megatron.checkpoint.dist_archive import STORAGE_NAMES, archive_frame,
 from clipo_megatron.checkpoint.dist_crc import joined_checksum
 from clipo_megatron.checkpoint.dist_index import Chunk, WrittenFile, sync_folder
 from clipo_megatron.errors import CheckpointError
+from clipo_megatron.weights.small_writes import write_at
 
 _LARGE_BYTES = 1 << 20
 
@@ -140,11 +141,8 @@ class DistWriter:
             written.result()
 
     def _write_at(self, content: bytes | memoryview, place: int) -> None:
-        rest = memoryview(content)
         try:
-            while len(rest):
-                count = os.pwrite(self._descriptor, rest, place)
-                rest, place = rest[count:], place + count
+            write_at(self._descriptor, content, place)
         except OSError as error:
             self._refuse(error)
 

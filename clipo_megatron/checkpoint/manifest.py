@@ -13,7 +13,7 @@ from collections.abc import Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clipo_megatron.checkpoint.checksum import content_faults
+from clipo_megatron.checkpoint.checksum import OnProgress, content_faults
 from clipo_megatron.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -103,13 +103,13 @@ def read_whole(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def find_damage(checkpoint: Path) -> list[str]:
+def find_damage(checkpoint: Path, *, on_progress: OnProgress | None = None) -> list[str]:
     """All that is wrong with a checkpoint, one line a file; reads all its bytes. Empty when it is undamaged."""
     manifest = parse_manifest(checkpoint)
     if isinstance(manifest, str):
         return [manifest]
     faults = _folder_faults(checkpoint, manifest)
-    return [*faults.values(), *_content_faults(checkpoint, manifest, left_out=faults)]
+    return [*faults.values(), *_content_faults(checkpoint, manifest, left_out=faults, on_progress=on_progress)]
 
 
 def parse_manifest(checkpoint: Path) -> Manifest | str:
@@ -145,9 +145,11 @@ def _folder_faults(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
     return faults | {name: f"{name} is not in its manifest" for name in sorted(extra)}
 
 
-def _content_faults(checkpoint: Path, manifest: Manifest, *, left_out: Container[str] = ()) -> list[str]:
+def _content_faults(
+    checkpoint: Path, manifest: Manifest, *, left_out: Container[str] = (), on_progress: OnProgress | None = None
+) -> list[str]:
     checksums = {name: checksum for name, checksum in manifest.checksums.items() if name not in left_out}
-    return [f"{name} {fault}" for name, fault in content_faults(checkpoint, checksums).items()]
+    return [f"{name} {fault}" for name, fault in content_faults(checkpoint, checksums, on_progress=on_progress).items()]
 
 
 def _refusal(checkpoint: Path, faults: list[str]) -> CheckpointError:

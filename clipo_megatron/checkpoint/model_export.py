@@ -1,6 +1,7 @@
 """A Hugging Face folder from a Megatron distributed checkpoint: an imported model, Megatron's own, or a training state.
 
-Streamed: a block of one tensor is in memory at a time. All that can be known to be wrong is known before the first byte.
+Streamed: a block of one tensor is in memory at a time. What can be known to be wrong without reading all bytes is known
+before the first one is written; checksums are taken meanwhile, and the folder is put in its place after both.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import operator
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from clipo_megatron.checkpoint.dist_index import METADATA
 from clipo_megatron.checkpoint.dist_model import DistModel, config_folder, model_faults, read_ahead
 from clipo_megatron.checkpoint.dist_reader import DistReader
 from clipo_megatron.checkpoint.dist_tensors import damage
+from clipo_megatron.checkpoint.sizes import size_text
 from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.weights.architecture import CONFIG_FILE, DTYPES, Architecture, read_architecture
 from clipo_megatron.weights.hf_folder import INDEX_FILE, SINGLE_FILE
@@ -52,24 +55,45 @@ def export_model(
         The folder.
 
     Raises:
-        ConfigError: the folders can't be used: all reasons.
-        CheckpointError: a file is damaged, a weight is not finite, or the disk is full; nothing is left of the folder.
+        ConfigError: the folders can't be used, or files differ from their checksums: all reasons.
+        CheckpointError: a file without a checksum is damaged, a weight is not finite, or the disk is full; nothing is left of the folder.
     """
     problems = _path_problems(source, folder, config)
     if dtype is not None and dtype not in DTYPES:
         problems.append(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     companions, architecture = _read_config(source, config, problems)
     with _opened(source, problems) as reader:
-        if architecture is not None:
-            problems += model_faults(reader, architecture, folder=source)
+        if architecture is not None and (faults := model_faults(reader, architecture, folder=source)):
+            problems += damage(source) or faults  # what is damaged explains the rest
         if problems or architecture is None or companions is None:
             raise ConfigError(problems)
         model = DistModel(reader, architecture)
         total = _exported_bytes(model, dtype)
         _check_space(folder, total)
         with _one_core_each(), HFWriter(folder, source=companions, dtype=dtype) as writer:
-            _copy_tensors(reader, model, writer, _Progress(total, on_progress), dtype)
+            with _refused_if_damaged(source):
+                _copy_tensors(reader, model, writer, _Progress(total, on_progress), dtype)
             return writer.finish()
+
+
+@contextlib.contextmanager
+def _refused_if_damaged(source: Path) -> Iterator[None]:
+    """Compare the checkpoint's files with the checksums of its manifest, if it has one, while the block runs.
+
+    Raises:
+        ConfigError: in place of what the block raised: damaged files may be its cause.
+    """
+    failure: CheckpointError | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="checksums") as pool:
+        found = pool.submit(damage, source)
+        try:
+            yield
+        except CheckpointError as error:
+            failure = error
+    if faults := found.result():
+        raise ConfigError(faults) from failure
+    if failure is not None:
+        raise failure
 
 
 @contextlib.contextmanager
@@ -141,7 +165,7 @@ def _read_config(source: Path, config: Path | None, problems: list[str]) -> tupl
 
 
 def _opened(source: Path, problems: list[str]) -> DistReader:
-    """A reader of the checkpoint, whose files have been compared with the checksums of its manifest, if it has one.
+    """A reader of the checkpoint.
 
     Raises:
         ConfigError: it is no distributed checkpoint, or it can't be read; `problems` come first.
@@ -151,11 +175,11 @@ def _opened(source: Path, problems: list[str]) -> DistReader:
             raise ConfigError(f"{source}: no such folder; give the folder of a distributed checkpoint")
         if not (source / METADATA).exists():
             raise ConfigError(f"{source}: no distributed checkpoint: it has no {METADATA}; {_hint(source)}")
-        if faults := damage(source):
-            raise ConfigError(faults)
         return DistReader(source)
-    except (ConfigError, CheckpointError) as error:
-        raise ConfigError([*problems, *(error.problems if isinstance(error, ConfigError) else [str(error)])]) from error
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    except CheckpointError as error:
+        raise ConfigError([*problems, *(damage(source) or [str(error)])]) from error
 
 
 def _hint(source: Path) -> str:
@@ -179,6 +203,6 @@ def _check_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if num_bytes > free:
         raise CheckpointError(
-            f"{folder}: the model takes {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on the disk; free some "
-            "space or write to another disk"
+            f"{folder}: the model takes {size_text(num_bytes)}, {size_text(free)} are free on the disk; free some space or "
+            "write to another disk"
         )

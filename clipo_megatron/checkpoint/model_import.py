@@ -46,6 +46,7 @@ from clipo_megatron.checkpoint.dist_index import sync_folder, write_index
 from clipo_megatron.checkpoint.dist_writer import DistWriter
 from clipo_megatron.checkpoint.import_blocks import Block, Write
 from clipo_megatron.checkpoint.import_state import PartialImport, folder_problems
+from clipo_megatron.checkpoint.sizes import size_text
 from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.weights.architecture import CONFIG_FILE, Architecture, read_architecture, read_json_object
@@ -104,8 +105,8 @@ def import_model(
 
     Raises:
         ConfigError: all that is wrong with source, folder, layout and free disk space; nothing was written.
-        CheckpointError: the disk is full, a value is not finite in `dtype`, the source changed meanwhile, or another
-            process writes there. `folder` does not exist then.
+        CheckpointError: the disk is full, a value is not finite in the source or in `dtype`, the source changed
+            meanwhile, or another process writes there. `folder` does not exist then.
     """
     started = time.perf_counter()
     degrees = {name: getattr(layout, name) for name in DEGREES}
@@ -198,8 +199,8 @@ def _check_space(plan: ImportPlan, target: PartialImport) -> None:
     free = shutil.disk_usage(target.partial).free
     if needed > free:
         raise ConfigError(
-            f"{target.folder}: needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; free some space, or "
-            "give a folder on another disk"
+            f"{target.folder}: needs {size_text(needed)}, its disk has {size_text(free)} free; free some space, or give a "
+            "folder on another disk"
         )
 
 

@@ -30,13 +30,21 @@ class OpenFolder:
         path: of the folder.
         architecture: of the model in it; None where no config.json tells.
         tensors: of the folder.
+        companions: folder with config.json and tokenizer of the model; None where there is none.
         faults: what keeps the tensors from being those of its config.json.
     """
 
     def __init__(
-        self, path: Path, architecture: Architecture | None, tensors: StoredTensors, *, faults: Sequence[str] = ()
+        self,
+        path: Path,
+        architecture: Architecture | None,
+        tensors: StoredTensors,
+        *,
+        companions: Path | None,
+        faults: Sequence[str] = (),
     ) -> None:
         self.path = path
+        self.companions = companions
         self.architecture = architecture
         self.tensors = tensors
         self.faults = tuple(faults)
@@ -91,7 +99,7 @@ def opened_folders(paths: Sequence[Path], *, config: Path | None = None) -> Iter
         default = next((architecture for architecture in own if architecture is not None), None)
         with_state = all(isinstance(reader, DistReader) and state_keys(reader) for reader in readers)
         yield [
-            _open_folder(path, reader, architecture or default, with_state=with_state)
+            _open_folder(path, reader, architecture or default, config, with_state=with_state)
             for path, reader, architecture in zip(paths, readers, own, strict=True)
             if reader is not None
         ]
@@ -127,13 +135,21 @@ def _collected(problems: list[str], read: Callable[[], T]) -> T | None:
 
 
 def _open_folder(
-    path: Path, reader: HFReader | DistReader, architecture: Architecture | None, *, with_state: bool
+    path: Path,
+    reader: HFReader | DistReader,
+    architecture: Architecture | None,
+    config: Path | None,
+    *,
+    with_state: bool,
 ) -> OpenFolder:
     if isinstance(reader, HFReader):
-        return OpenFolder(path, architecture, HFTensors(reader))
+        return OpenFolder(path, architecture, HFTensors(reader), companions=path)
+    own = path / CONFIG_FOLDER
+    companions = config if config is not None else own if (own / CONFIG_FILE).exists() else None
     faults = [] if architecture is None else model_faults(reader, architecture, folder=path)
     known = None if faults else architecture
-    return OpenFolder(path, known, DistTensors(reader, known, with_state=with_state), faults=faults)
+    tensors = DistTensors(reader, known, with_state=with_state)
+    return OpenFolder(path, known, tensors, companions=companions, faults=faults)
 
 
 def vocabulary_faults(folder: OpenFolder) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from clipo_megatron.checkpoint.companions import CompanionDifferences, compare_companions
 from clipo_megatron.checkpoint.dist_index import METADATA
 from clipo_megatron.checkpoint.dist_tensors import damage
 from clipo_megatron.checkpoint.open_folder import (
@@ -34,7 +35,7 @@ SLICE_BYTES = 64 * 2**20
 
 Kind = Literal["only in first", "only in second", "shape", "dtype", "bits"]
 OnProgress = Callable[[str, int, int], None]
-"""Takes the tensor's name, the bytes read so far and the bytes to read in all."""
+"""Takes what is at hand, a file whose checksum is taken or a tensor; bytes of that part read so far, and in all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,7 @@ class VerifyReport:
     faults: tuple[str, ...]
     """What is wrong inside a folder, or between the two configurations: one line each."""
     notes: tuple[str, ...] = ()
-    """What was not checked, and why: one line each."""
+    """What was not checked, and differences that do not change the model: one line each."""
 
     @property
     def is_clean(self) -> bool:
@@ -85,6 +86,7 @@ def verify_folders(
 ) -> VerifyReport:
     """Compare names, shapes, dtypes and bits of two folders; how they are cut into files does not matter.
 
+    What config.json says of the model, tokenizer and chat template are compared as well: see `companions`.
     Files are compared with their checksums first, where a manifest holds some.
     Inside each folder, no two experts of a layer may hold the same tensor, tied weights must be tied, and rows beyond
     config.json's vocab_size must not be there or, in a distributed checkpoint, be zero.
@@ -131,9 +133,7 @@ def _with_damage(
     """The report on the tensors, headed by the files that differ from their checksums."""
     damaged: list[str] = []
     for folder in folders:
-        if on_progress is not None and (folder / METADATA).exists():
-            on_progress(f"checksums of {folder}", 0, 1)
-        damaged += damage(folder)
+        damaged += damage(folder, on_progress=on_progress)
     try:
         report = verify()
     except (ConfigError, CheckpointError):
@@ -170,7 +170,8 @@ def _compare_folders(
                 if name in folder.digested:
                     for part in folder.read(name, buffers[0]):
                         progress.add(name, len(part))
-        faults = _config_differences(a, b)
+        companions = _companion_differences(a, b)
+        faults = [*_config_differences(a, b), *companions.faults]
         for folder in (a, b):
             faults += [*vocabulary_faults(folder), *tie_faults(folder), *expert_faults(folder)]
         return VerifyReport(
@@ -178,7 +179,7 @@ def _compare_folders(
             bytes_read=progress.done,
             differences=tuple(differences[name] for name in names if name in differences),
             faults=tuple(faults),
-            notes=_notes((a, b)),
+            notes=(*_notes((a, b)), *companions.warnings),
         )
 
 
@@ -242,9 +243,9 @@ def _header_difference(name: str, a: OpenFolder, b: OpenFolder) -> Difference | 
     elif not a.has(name):
         kind, detail = "only in second", f"not in {a.path}"
     elif a.tensors.shape(name) != b.tensors.shape(name):
-        kind, detail = "shape", f"shape {a.tensors.shape(name)} and {b.tensors.shape(name)}"
+        kind, detail = "shape", f"{a.tensors.shape(name)} and {b.tensors.shape(name)}"
     elif a.tensors.dtype(name) != b.tensors.dtype(name):
-        kind, detail = "dtype", f"dtype {a.tensors.dtype(name)} and {b.tensors.dtype(name)}"
+        kind, detail = "dtype", f"{a.tensors.dtype(name)} and {b.tensors.dtype(name)}"
     else:
         return None
     return Difference(tensor=name, kind=kind, first_file=a.file(name), second_file=b.file(name), detail=detail)
@@ -310,3 +311,10 @@ def _config_differences(a: OpenFolder, b: OpenFolder) -> list[str]:
         for key in first
         if key != "dtype" and first[key] != second[key]
     ]
+
+
+def _companion_differences(a: OpenFolder, b: OpenFolder) -> CompanionDifferences:
+    """Of the files beside the weights, where both folders have such."""
+    if a.companions is None or b.companions is None or a.companions.resolve() == b.companions.resolve():
+        return CompanionDifferences()
+    return compare_companions(a.companions, b.companions)

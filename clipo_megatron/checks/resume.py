@@ -50,12 +50,26 @@ def resume_problems(recipe: Recipe, *, data_hash: str = "") -> list[str]:
         if data_hash:
             changes = [change for change in changes if change.kind == "data"]
         return [
-            f"run.name = {recipe.run.name}: {checkpoint} {change.found}; going on would mix two runs. Undo the change, "
-            f"choose another run.name, or accept it with run.accept=[{change.kind}]"
-            for change in changes
-            if change.kind not in recipe.run.accept
+            *([] if data_hash else _past_the_end(recipe, checkpoint)),
+            *(
+                f"run.name = {recipe.run.name}: {checkpoint} {change.found}; going on would mix two runs. Undo the change, "
+                f"choose another run.name, or accept it with run.accept=[{change.kind}]"
+                for change in changes
+                if change.kind not in recipe.run.accept
+            ),
         ]
     return []
+
+
+def _past_the_end(recipe: Recipe, checkpoint: Path) -> list[str]:
+    """A run that is further than it shall go: its end would be exported as that of a shorter run."""
+    step = read_manifest(checkpoint).progress.step
+    if step <= recipe.run.steps:
+        return []
+    return [
+        f"run.steps = {recipe.run.steps}: {checkpoint} is at step {step} already; set it to {step} or more, or choose another "
+        "run.name"
+    ]
 
 
 def resume_notes(recipe: Recipe, checkpoint: Path, *, data_hash: str) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipo_megatron.checkpoint.sizes import size_text
 from clipo_megatron.cli.ckpt_export import add_export_parser
 from clipo_megatron.cli.ckpt_import import add_import_parser
 from clipo_megatron.cli.transfer_bar import transfer_bar
@@ -113,7 +114,7 @@ def _print_report(report: VerifyReport, *, is_pair: bool) -> None:
         print(fault)
     if len(report.faults) > _SHOWN:
         print(f"... and {len(report.faults) - _SHOWN} more faults; --json lists all")
-    counted = f"{report.num_tensors} tensors, {report.bytes_read} bytes read"
+    counted = f"{report.num_tensors} tensors, {size_text(report.bytes_read)} read"
     for note in report.notes:
         print(note)
     if report.is_clean:
@@ -135,6 +136,8 @@ def _lines(values: dict[str, object], indent: str = "") -> list[str]:
 
 
 def _words(value: object) -> str:
+    if value is None:
+        return "not measured"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):

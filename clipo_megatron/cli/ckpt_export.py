@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
+from clipo_megatron.checkpoint.sizes import size_text
 from clipo_megatron.cli.transfer_bar import transfer_bar
 
 
@@ -35,9 +37,10 @@ def run_export(args: argparse.Namespace) -> int:
     # Imported late: other commands need no torch.
     from clipo_megatron.checkpoint.model_export import export_model
 
+    logging.basicConfig(level=logging.WARNING, format="clipo: %(message)s")
     with transfer_bar("export") as on_progress:
         folder = export_model(args.source, args.folder, dtype=args.dtype, config=args.config, on_progress=on_progress)
     files = list(folder.glob("*.safetensors"))
     num_bytes = sum(file.stat().st_size for file in files)
-    print(f"{folder}: {len(files)} safetensors file{'s' if len(files) > 1 else ''}, {num_bytes / 1e9:.3f} GB")
+    print(f"{folder}: {len(files)} safetensors file{'s' if len(files) > 1 else ''}, {size_text(num_bytes)}")
     return 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from clipo_megatron.checkpoint.sizes import size_text
 from clipo_megatron.cli.check import parse_layout
 from clipo_megatron.cli.transfer_bar import transfer_bar
 from clipo_megatron.errors import ConfigError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from clipo_megatron.checkpoint.conversion_plan import ImportPlan, RankShare
 
 _WIDTH = 120
-_GIB = 1 << 30
 _WEIGHT_BYTES, _GRADIENT_BYTES, _OPTIMIZER_BYTES = 2, 4, 12
 """Of a parameter: bfloat16 itself, its float32 gradient, its float32 master and two moments."""
 
@@ -45,17 +45,27 @@ def add_import_parser(actions: argparse._SubParsersAction) -> None:
         "import",
         help="write a Hugging Face folder as a distributed checkpoint that the trainer loads under any layout",
         description="A command that was killed goes on where it was when it is repeated. Exit code 0: done; 1: the disk is "
-        "full or SRC changed meanwhile; 2: bad input, nothing was written.",
+        "full, a weight is not finite, or SRC changed meanwhile; 2: bad input, nothing was written.",
     )
     parser.add_argument(
         "source", type=Path, metavar="SRC", help="Hugging Face model folder; a dry run needs its config.json"
     )
     parser.add_argument("target", type=Path, nargs="?", metavar="DST", help="folder to write; must not exist")
-    parser.add_argument("--layout", metavar="K=N,...", help="degrees of tp, pp, vpp, ep, etp, 1 where missing")
-    parser.add_argument("--recipe", type=Path, metavar="RECIPE", help="take the layout of this recipe")
+    parser.add_argument(
+        "--layout",
+        metavar="K=N,...",
+        help="that the chunks are cut by: tp, pp, vpp, ep, etp, 1 where missing, e.g. tp=2,pp=2; not with --recipe",
+    )
+    parser.add_argument(
+        "--recipe", type=Path, metavar="RECIPE", help="take the layout of this recipe; not with --layout"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="number format to write (default: each tensor's own)")
     parser.add_argument(
-        "--unit-mib", type=int, metavar="N", default=2048, help="done again after a kill (default 2048)"
+        "--unit-mib",
+        type=int,
+        metavar="N",
+        default=2048,
+        help="MiB of weights in a part of the work; a command that is repeated keeps the finished parts (default 2048)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print files, sizes and memory of each rank; write nothing"
@@ -89,8 +99,11 @@ def _layout_section(args: argparse.Namespace, degrees: tuple[str, ...]) -> tuple
     """The layout that was asked for; with `--layout`, of as few ranks as it can have."""
     from clipo_megatron.checkpoint.conversion_plan import smallest_layout
 
-    if (args.layout is None) == (args.recipe is None):
-        return None, ["give the layout, either with --layout, e.g. --layout tp=2,pp=2, or with --recipe"]
+    if args.layout is not None and args.recipe is not None:
+        both = f"--layout {args.layout} and --recipe {args.recipe}"
+        return None, [f"{both}: both tell the layout; leave one of them out"]
+    if args.layout is None and args.recipe is None:
+        return None, ["no layout is told: add --layout, e.g. --layout tp=2,pp=2, or --recipe RECIPE.yaml"]
     if args.recipe is not None:
         recipe, problems = read_recipe(args.recipe)
         return None if recipe is None else recipe.layout, problems
@@ -118,7 +131,7 @@ def _import(args: argparse.Namespace, degrees: dict[str, int]) -> int:
         print(json.dumps(dataclasses.asdict(report) | {"folder": str(report.folder)}, indent=1))
         return 0
     kept = f"; {report.num_kept} of {report.num_units} parts were kept from a run before" if report.num_kept else ""
-    print(f"{report.folder}: {report.num_bytes / 1e9:.3f} GB in {report.seconds:.1f} s{kept}")
+    print(f"{report.folder}: {size_text(report.num_bytes)} in {report.seconds:.1f} s{kept}")
     return 0
 
 
@@ -196,7 +209,7 @@ def _print_table(plan: ImportPlan, shares: list[RankShare], layout: LayoutSectio
         f"{name} {value}" for name in ("tp", "pp", "vpp", "ep", "etp") if (value := getattr(layout, name)) > 1
     )
     table = Table(title=f"Import, {degrees or 'nothing split'}: nothing was written", title_justify="left")
-    for name in ("ranks", "stage", "files", "GB", "parameters held", "weights GiB", "training GiB"):
+    for name in ("ranks", "stage", "files", "bytes", "parameters held", "weights", "training"):
         table.add_column(name, justify="left" if name == "ranks" else "right")
     for ranks, share in _alike(shares):
         memory = rank_memory(share, layout)
@@ -204,19 +217,19 @@ def _print_table(plan: ImportPlan, shares: list[RankShare], layout: LayoutSectio
             ranks,
             str(share.stage),
             str(share.num_files),
-            f"{share.num_bytes / 1e9:.3f}",
+            size_text(share.num_bytes),
             f"{share.parameters:,}",
-            f"{memory.weights / _GIB:.2f}",
-            f"{memory.training / _GIB:.2f}",
+            size_text(memory.weights, is_binary=True),
+            size_text(memory.training, is_binary=True),
         )
     console.print(table)
     padding = plan.padded_vocab - plan.arch.vocab_size
     console.print(
-        f"total: {sum(share.num_files for share in shares)} files, {sum(share.num_bytes for share in shares) / 1e9:.3f} GB as "
+        f"total: {sum(share.num_files for share in shares)} files, {size_text(sum(share.num_bytes for share in shares))} as "
         f"{dtype}, in {len(plan.units)} units; vocabulary padded by {padding} rows to {plan.padded_vocab}"
     )
     console.print(
-        "  files and GB: of one rank, those that it writes; copies of the same weights are written once (GB = 1e9 bytes)"
+        "  files and bytes: of one rank, those that it writes; copies of the same weights are written once (GB = 1e9 bytes)"
     )
     console.print(
         f"  memory: of one rank's GPU; weights {_WEIGHT_BYTES} bytes a parameter (bfloat16); training: + {_GRADIENT_BYTES} "

@@ -20,6 +20,7 @@ from clipo_megatron.controller.saving import CheckpointSaver
 from clipo_megatron.controller.step import Step
 from clipo_megatron.data.order import PromptOrder
 from clipo_megatron.data.prompts import PromptSet
+from clipo_megatron.errors import ClipoError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.records import Sampling
 from clipo_megatron.rewards.pool import Verifiers
@@ -75,7 +76,7 @@ class TrainingLoop:
     def run(self) -> RunOutcome:
         """Run to the last step, or to the end of the step in which a stop was asked for.
 
-        All checkpoints are complete when it returns.
+        All checkpoints are complete when it returns, and also when it raises, if the ranks could still write them.
 
         Raises:
             CheckError: an invariant of the run is broken.
@@ -91,6 +92,9 @@ class TrainingLoop:
             if not resumed and self._evaluation is not None and self._recipe.evaluation.at_start:
                 self._write(writer, {"step": 0.0, "version": 0.0} | self._evaluate(progress))
             progress = self._all_steps(writer, progress, saved=progress if resumed else None)
+        except (ClipoError, OSError):
+            self._saver.rescue()
+            raise
         finally:
             writer.close()
         stopped = progress.step < self._recipe.run.steps

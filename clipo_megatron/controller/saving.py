@@ -12,6 +12,7 @@ from pathlib import Path
 
 from clipo_megatron.checkpoint.manifest import Progress
 from clipo_megatron.checkpoint.retention import Retention
+from clipo_megatron.checkpoint.sizes import size_text
 from clipo_megatron.checkpoint.training import (
     RunIdentity,
     apply_retention,
@@ -128,8 +129,21 @@ class CheckpointSaver:
         seconds = time.perf_counter() - pending.begun
         self._measure("write_seconds", seconds)
         self._measure("bytes", float(num_bytes))
-        logger.info("%s is complete: %.3f GB, %.1f s after its snapshot", checkpoint, num_bytes / 1e9, seconds)
+        logger.info("%s is complete: %s, %.1f s after its snapshot", checkpoint, size_text(num_bytes), seconds)
         apply_retention(self._folder, self._retention)
+
+    def rescue(self) -> None:
+        """Complete the checkpoint under way though the run has failed; what goes wrong is logged, not raised.
+
+        Waits as `finish` does: for ranks that do not answer until the policy's own deadline.
+        """
+        if self._pending is None:
+            return
+        logger.info("the run has failed; first completing the checkpoint of step %d", self._pending.progress.step)
+        try:
+            self.finish()
+        except CheckpointError as error:
+            logger.warning("lost: %s", error)
 
     def take_metrics(self) -> dict[str, float]:
         """What was measured since the last call; several checkpoints' seconds and bytes are added up."""

@@ -11,6 +11,7 @@ from clipo_megatron.errors import CheckpointError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.policy.stage import Stage
 from clipo_megatron.weights.architecture import Architecture
+from clipo_megatron.weights.finite import all_finite
 from clipo_megatron.weights.flat_ranges import FlatPart, flat_parts
 from clipo_megatron.weights.global_tensors import Box, boxes_of
 from clipo_megatron.weights.names import OUTPUT_LAYER, is_expert, padded_vocab_size, split_dim
@@ -57,7 +58,7 @@ def load_dist_weights(stage: Stage, reader: DistReader, sharding: Sharding) -> N
     Values are cast to the parameters' dtype.
 
     Raises:
-        CheckpointError: a tensor is damaged, or the checkpoint is of another model; all faults at once.
+        CheckpointError: a tensor is damaged or not finite, or the checkpoint is of another model, with all faults at once.
     """
     if faults := model_faults(reader, sharding.architecture, folder=reader.folder):
         raise CheckpointError("\n".join(faults))
@@ -66,6 +67,9 @@ def load_dist_weights(stage: Stage, reader: DistReader, sharding: Sharding) -> N
         flat = torch.empty(parameter.numel(), dtype=getattr(torch, reader.dtype(boxes[0].key)))
         for part in flat_parts(boxes, 0, flat.numel()):
             read_part(reader, part, flat[part.offset : part.offset + part.numel])
+        if not all_finite(flat):
+            keys = ", ".join(dict.fromkeys(box.key for box in boxes))
+            raise CheckpointError(f"{reader.folder}: {keys}: holds values that are not finite; take another checkpoint")
         parameter.copy_(flat.view(parameter.shape))
 
 

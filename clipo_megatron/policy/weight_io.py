@@ -9,11 +9,13 @@ import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
+from clipo_megatron.errors import ConfigError
 from clipo_megatron.parallel.collectives import gather_shards
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.policy.groups import Groups
 from clipo_megatron.policy.stage import Stage
 from clipo_megatron.weights.architecture import Architecture
+from clipo_megatron.weights.finite import all_finite
 from clipo_megatron.weights.hf_folder import HFReader
 from clipo_megatron.weights.mapping import hf_tensors_of, local_parameter
 from clipo_megatron.weights.names import OUTPUT_LAYER, global_name, is_expert, padded_vocab_size, split_dim
@@ -49,7 +51,7 @@ def load_hf_weights(
     """Set this stage's parameters from the folder; each rank reads only its own slices.
 
     Raises:
-        ConfigError: a tensor is missing or has another shape.
+        ConfigError: a tensor is missing, has another shape or holds a value that is not finite.
     """
     with HFReader(folder) as reader:
         for name, parameter in stage.named_parameters():
@@ -63,6 +65,8 @@ def load_hf_weights(
                 etp=layout.etp,
                 etp_rank=layout.etp_rank(rank),
             )
+            if not all_finite(tensor):
+                raise ConfigError(f"{folder}: {name}: holds values that are not finite; take another copy of the model")
             parameter.copy_(tensor)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -15,12 +16,23 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.errors import CheckpointError, ConfigError
-from clipo_megatron.weights.architecture import CONFIG_FILE, DTYPES, read_architecture, read_json_object
+from clipo_megatron.weights.architecture import (
+    CONFIG_FILE,
+    DTYPES,
+    GENERATION_CONFIG_FILE,
+    read_architecture,
+    read_json_object,
+)
 from clipo_megatron.weights.finite import all_finite
 from clipo_megatron.weights.hf_folder import COMPANION_FILES, INDEX_FILE, SINGLE_FILE
 from clipo_megatron.weights.names import hf_tensor_specs
 from clipo_megatron.weights.safetensors_writer import SafetensorsWriter
 
+logger = logging.getLogger(__name__)
+
+CODE_KEYS = ("auto_map", "custom_pipelines")
+"""Keys by which transformers and vLLM find Python files to run, if they are told to trust remote code."""
+_MAY_NAME_CODE = (CONFIG_FILE, GENERATION_CONFIG_FILE, "tokenizer_config.json")
 MAX_SHARD_BYTES = 4 * 2**30
 _BLOCK_BYTES = 16 * 2**20
 
@@ -33,7 +45,8 @@ class HFWriter:
 
     Args:
         folder: must not exist, unless `overwrite`.
-        source: folder whose config.json says which tensors there must be; it and the tokenizer's files are copied.
+        source: folder whose config.json says which tensors there must be; it and the tokenizer's files are copied, without
+            the keys that name code (CODE_KEYS).
         dtype: number format of the written tensors, one of architecture.DTYPES; None keeps each tensor's own.
         max_shard_bytes: a file is closed before its tensors would grow beyond; a larger tensor gets a file of its own.
         overwrite: replace a `folder` that is there, once the new one is complete.
@@ -58,6 +71,7 @@ class HFWriter:
             raise CheckpointError(f"{folder}: exists; remove it or write to another folder")
         self.folder = folder
         self._specs = hf_tensor_specs(read_architecture(source))
+        self._without_code = _files_without_code(source)
         self._source = source
         self._dtype = dtype
         self._max_shard_bytes = max_shard_bytes
@@ -215,10 +229,27 @@ class HFWriter:
         key = "dtype" if "dtype" in config else "torch_dtype"
         if len(self._dtypes) == 1:
             config[key] = next(iter(self._dtypes))
-        (self._partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_json(self._partial / CONFIG_FILE, {key: config[key] for key in config if key not in CODE_KEYS})
         for name in COMPANION_FILES:
-            if (self._source / name).exists():
+            if name in self._without_code:
+                _write_json(self._partial / name, self._without_code[name])
+            elif (self._source / name).exists():
                 shutil.copyfile(self._source / name, self._partial / name)
+
+
+def _files_without_code(source: Path) -> dict[str, dict[str, object]]:
+    """What is left of the files that name code, by file name. Such files are rare; all others are copied byte for byte."""
+    left: dict[str, dict[str, object]] = {}
+    for name in _MAY_NAME_CODE:
+        values = read_json_object(source / name) if (source / name).exists() else {}
+        if named := [key for key in CODE_KEYS if key in values]:
+            logger.warning("%s: %s, which names code, is not copied", source / name, " and ".join(named))
+            left[name] = {key: value for key, value in values.items() if key not in named}
+    return left
+
+
+def _write_json(path: Path, values: dict[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def write_hf_folder(

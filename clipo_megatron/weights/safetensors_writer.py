@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.weights.safetensors_header import FILE_NAMES, LENGTH_BYTES
+from clipo_megatron.weights.small_writes import write_at
 
 _LIBC = ctypes.CDLL(None)
 _METADATA = {"format": "pt"}
@@ -45,7 +46,6 @@ class SafetensorsWriter:
         self._header_bytes = -(-len(room) // 8) * 8
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         _reserve(self._file, LENGTH_BYTES + self._header_bytes + expected_bytes)
-        os.lseek(self._file, LENGTH_BYTES + self._header_bytes, os.SEEK_SET)
 
     @property
     def names(self) -> list[str]:
@@ -71,10 +71,8 @@ class SafetensorsWriter:
             OSError: the disk is full.
         """
         raw = elements.reshape(-1).view(torch.uint8).numpy().data
-        while raw:
-            count = os.write(self._file, raw)
-            self.num_bytes += count
-            raw = raw[count:]
+        write_at(self._file, raw, LENGTH_BYTES + self._header_bytes + self.num_bytes)
+        self.num_bytes += len(raw)
 
     def finish(self) -> None:
         """Write the header, bring the file to the disk and close it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from support.dist_folders import import_tiny, read_keys, write_keys
 from support.policy_cases import (
     ALGORITHM,
     CONTRASTIVE,
@@ -37,6 +39,26 @@ EXPORTED = (("qwen3", False), ("qwen2", True), ("llama", False), ("llama", True)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return make_tiny_hf(tmp_path_factory.mktemp("model"), "qwen3", vocab_size=300, tokenizer_size=280)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_weight_that_is_not_finite_is_refused_with_its_name(folder, tmp_path, value):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 3] = value
+    spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt"))
+    save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RankFailure, match=r"spoilt: decoder\.layers\.1\.mlp\.linear_fc1.*not finite"):
+        run_ranks(make_worker, spoilt, ONE, world_size=1)
+
+    imported = read_keys(import_tiny(folder, tmp_path / "imported"))
+    imported["decoder.layers.mlp.linear_fc1.weight"][1, 5, 3] = value
+    weights = write_keys(tmp_path / "weights", imported, config=folder)
+
+    def start() -> None:
+        make_worker(folder, ONE, weights=weights)
+
+    with pytest.raises(RankFailure, match=r"weights: decoder\.layers\.mlp\.linear_fc1.*not finite"):
+        run_ranks(start, world_size=1)
 
 
 def _one_update(folder: Path, options: dict[str, object]) -> dict[str, torch.Tensor]:

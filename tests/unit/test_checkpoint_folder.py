@@ -142,7 +142,7 @@ def test_an_untouched_folder_passes_and_the_time_is_logged(tmp_path, run, caplog
         resume = find_resume(tmp_path)
     assert (resume.checkpoint, resume.progress.step) == (path, 4)
     assert find_damage(path) == []
-    assert re.search(r"checked .*step_00000004: \d+ files, 0\.000 GB in \d+\.\d\d s", caplog.text)
+    assert re.search(r"checked .*step_00000004: \d+ files, [\d.]+ KB in \d+\.\d\d s", caplog.text)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -194,7 +194,9 @@ def test_a_dtype_a_shape_a_missing_and_an_extra_tensor_are_all_named(folders, tm
     }
     assert "lm_head.weight has 513 rows: vocab_size = 512" in "".join(report["faults"])
     assert main(["ckpt", "verify", str(folders["qwen2"]), str(other)]) == 1
-    assert "dtype float32 and bfloat16" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "model.norm.weight: dtype: float32 and bfloat16" in out
+    assert "lm_head.weight: shape: (512, 128) and (513, 128)" in out
 
 
 @pytest.mark.parametrize("is_pair", [True, False])
@@ -330,6 +332,8 @@ def test_a_training_checkpoint_is_described_by_its_manifest(run_folder, capsys):
     }
     assert found["files"] == on_disk
     assert found["bytes"] == sum(on_disk.values())
+    assert main(["ckpt", "inspect", str(checkpoint)]) == 0
+    assert "accuracy: not measured" in capsys.readouterr().out.splitlines()
     assert main(["ckpt", "inspect", str(checkpoint.with_name("step_00000002"))]) == 2
     assert "__1_0.distcp: has 7 bytes" in capsys.readouterr().err
 

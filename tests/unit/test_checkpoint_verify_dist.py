@@ -69,6 +69,20 @@ def test_imports_of_two_layouts_are_equal_whatever_their_padding(imported, capsy
     assert "equal: " in capsys.readouterr().out
 
 
+def test_progress_tells_the_checksums_of_both_folders_to_their_last_byte_then_the_tensors(imported):
+    told: list[tuple[str, int, int]] = []
+    first, second = imported["one"], imported["tp4_pp2"]
+    report = verify_folders(first, second, on_progress=lambda *now: told.append(now))
+    for folder in (first, second):
+        of_folder = [now for now in told if now[0].startswith(f"checksum of {folder}/")]
+        size = sum(
+            path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "conversion.json"
+        )
+        assert of_folder[-1][1:] == (size, size)
+        assert [done for _, done, _ in of_folder] == sorted(done for _, done, _ in of_folder)
+    assert told[-1][1:] == (report.bytes_read, report.bytes_read)
+
+
 def test_a_checkpoint_without_config_is_read_with_the_other_folders(source, imported, tensors, tmp_path):
     bare = write_keys(tmp_path / "bare", tensors)
     for report in (

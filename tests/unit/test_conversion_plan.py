@@ -31,30 +31,7 @@ from clipo_megatron.weights.names import (
 from examples.quickstart import prepare
 
 EXAMPLE = Path(prepare.__file__).parent.parent / "math_qwen3_30b_a3b" / "recipe.yaml"
-QWEN3_30B_A3B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1000000,
-    "rms_norm_eps": 1e-6,
-    "torch_dtype": "bfloat16",
-    "eos_token_id": 151645,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
+PUBLISHED = EXAMPLE.parent.parent / "configs" / "qwen3_30b_a3b"
 PUBLISHED_PARAMETERS = 30_532_122_624
 DENSE = [{}, {"tp": 2}, {"tp": 4, "pp": 2}, {"pp": 2, "vpp": 2}]
 OF_EXPERTS = [{"ep": 2}, {"tp": 4, "ep": 2}, {"tp": 2, "ep": 4, "pp": 2}, {"tp": 2, "etp": 2, "ep": 2}, {"etp": 4}]
@@ -178,11 +155,9 @@ def test_the_parameters_held_by_all_ranks_are_the_model_s_and_the_tied_copy_s(ti
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published() -> Path:
     """A folder with nothing but the published config.json."""
-    folder = tmp_path_factory.mktemp("published")
-    (folder / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
-    return folder
+    return PUBLISHED
 
 
 def _dry_run(*options: str) -> dict:
@@ -223,14 +198,16 @@ def test_a_dry_run_prints_files_sizes_and_memory_and_writes_nothing(published, c
     target = tmp_path / "target"
     assert main(["ckpt", "import", str(published), str(target), "--dry-run", "--layout", "tp=4,pp=2,ep=8"]) == 0
     text = capsys.readouterr().out
-    for words in ("4-7", "12-15", "61.0", "3.74", "nothing was written", "float32 gradients", "rows to 152064"):
+    for words in ("4-7", "12-15", "61.1 GB", "3.74 GiB", "nothing was written", "float32 gradients", "rows to 152064"):
         assert words in text
     assert sorted(published.iterdir()) == before
     assert not list(tmp_path.iterdir())
 
 
 def test_a_number_format_changes_a_dry_run_s_bytes_and_not_its_memory(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B | {"num_hidden_layers": 2}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((PUBLISHED / "config.json").read_text()) | {"num_hidden_layers": 2})
+    )
     options = [str(tmp_path), "--layout", "tp=2,ep=8"]
     stored, wide = _dry_run(*options), _dry_run(*options, "--dtype", "float32")
     for one, other in zip(stored["ranks"], wide["ranks"], strict=True):
@@ -248,8 +225,8 @@ FAULTS = [
     (["--layout", "tp=8,pp=5,vpp=2,etp=5"], ["num_key_value_heads = 4", "num_hidden_layers = 48", "= 768"]),
     (["--layout", "vpp=2"], ["layout.vpp = 2: only a pipeline stage"]),
     (["--layout", "ep=3", "--unit-mib", "0"], ["number of experts = 128", "--unit-mib = 0"]),
-    ([], ["give the layout"]),
-    (["--layout", "tp=2", "--recipe", str(EXAMPLE)], ["give the layout, either with --layout"]),
+    ([], ["no layout is told: add --layout"]),
+    (["--layout", "tp=2", "--recipe", str(EXAMPLE)], [f"--layout tp=2 and --recipe {EXAMPLE}: both tell the layout"]),
     (["--recipe", "no.yaml"], ["no.yaml"]),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -87,45 +88,8 @@ PUBLISHED = {
         "evaluation.top_p": 0.95,
     },
 }
-# config.json of the models on Hugging Face, and the number of parameters told there.
-QWEN3 = {
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1000000,
-    "rms_norm_eps": 1e-6,
-    "torch_dtype": "bfloat16",
-    "eos_token_id": 151645,
-    "hidden_act": "silu",
-    "attention_bias": False,
-}
-CONFIGS: dict[str, dict[str, object]] = {
-    "math_qwen3_32b": QWEN3
-    | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "hidden_size": 5120,
-        "intermediate_size": 25600,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "math_qwen3_30b_a3b": QWEN3
-    | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    },
-}
+CONFIGS = {"math_qwen3_32b": "qwen3_32b", "math_qwen3_30b_a3b": "qwen3_30b_a3b"}
+"""Folders with the config.json of the models, and the number of parameters published."""
 NUM_PARAMETERS = {"math_qwen3_32b": 32_762_123_264, "math_qwen3_30b_a3b": 30_532_122_624}
 
 
@@ -160,10 +124,13 @@ def test_a_track_fits_one_node_of_eight_gpus(name):
 
 
 @pytest.fixture(params=CONFIGS)
-def large(request, tmp_path) -> tuple[str, Recipe, Architecture]:
+def large(request) -> tuple[str, Recipe, Architecture]:
     """A recipe for four nodes and its model, which exists as config.json alone."""
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[request.param]))
-    return request.param, load_recipe(EXAMPLES / request.param / "recipe.yaml"), read_architecture(tmp_path)
+    return request.param, load_recipe(EXAMPLES / request.param / "recipe.yaml"), _architecture(request.param)
+
+
+def _architecture(name: str) -> Architecture:
+    return read_architecture(EXAMPLES / "configs" / CONFIGS[name])
 
 
 def _problems(recipe: Recipe, arch: Architecture) -> list[str]:
@@ -191,10 +158,11 @@ def test_a_large_example_trains_as_the_second_track_does(large):
 
 
 @pytest.mark.parametrize("precision", ["none", "blockwise", "tensorwise"])
-def test_a_large_example_is_estimated_to_fit_in_each_precision(large, precision, tmp_path, capsys):
+def test_a_large_example_is_estimated_to_fit_in_each_precision(large, precision, capsys):
     name, _, _ = large
     recipe = str(EXAMPLES / name / "recipe.yaml")
-    command = ["plan", "memory", recipe, f"precision.recipe={precision}", "--config", str(tmp_path), "--json"]
+    config = str(EXAMPLES / "configs" / CONFIGS[name])
+    command = ["plan", "memory", recipe, f"precision.recipe={precision}", "--config", config, "--json"]
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["over"] is False
 
@@ -225,11 +193,34 @@ WRONG_LAYOUTS = [
 
 
 @pytest.mark.parametrize(("name", "overrides", "rule"), WRONG_LAYOUTS)
-def test_other_layouts_of_the_large_models_are_refused(name, overrides, rule, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+def test_other_layouts_of_the_large_models_are_refused(name, overrides, rule):
     recipe = load_recipe(EXAMPLES / name / "recipe.yaml", overrides)
-    (problem,) = _problems(recipe, read_architecture(tmp_path))
+    (problem,) = _problems(recipe, _architecture(name))
     assert rule in problem
+
+
+def _dry_commands() -> list[str]:
+    """Commands in the documentation that need no model."""
+    root = EXAMPLES.parent
+    pages = [root / "README.md", *root.glob("docs/*.md"), *EXAMPLES.glob("*/README.md")]
+    lines = {line.strip() for page in pages for line in page.read_text().splitlines()}
+    return sorted(line for line in lines if line.startswith("clipo ") and "examples/configs/" in line)
+
+
+@pytest.mark.parametrize("command", _dry_commands())
+def test_a_dry_command_of_the_documentation_works_from_a_clean_clone(command, monkeypatch, capsys):
+    monkeypatch.chdir(EXAMPLES.parent)
+    assert main(shlex.split(command, comments=True)[1:]) == 0
+    assert re.search(r"GiB", capsys.readouterr().out)
+
+
+def test_the_documentation_shows_a_dry_run_of_an_import_and_both_memory_estimates():
+    commands = "\n".join(_dry_commands())
+    for words in (
+        "ckpt import examples/configs/qwen3_30b_a3b",
+        *(f"--config examples/configs/{of}" for of in CONFIGS.values()),
+    ):
+        assert words in commands
 
 
 def test_the_quickstart_exercises_tensor_and_sequence_parallelism_in_float32():

@@ -268,18 +268,25 @@ def test_a_pickle_that_would_run_code_is_refused_by_its_name(imported, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil"]
 
 
-def test_code_that_config_json_names_is_neither_run_nor_copied(models, tmp_path):
+def test_code_that_config_json_names_is_neither_run_nor_copied(models, tmp_path, caplog):
     evil = Path(shutil.copytree(models["llama"], tmp_path / "evil"))
     (evil / "modeling_evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'was-run')!r}).touch()\n")
     config = json.loads((evil / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}
     (evil / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((evil / "tokenizer_config.json").read_text())
+    named = {"auto_map": {"AutoTokenizer": ["someone/repository--tokenizer_evil.Evil", None]}}
+    (evil / "tokenizer_config.json").write_text(json.dumps(tokenizer | named))
     out = export_model(import_tiny(evil, tmp_path / "imported"), tmp_path / "out")
     assert main(["ckpt", "verify", str(evil), str(out)]) == 0
     assert not list(out.glob("*.py"))
-    from transformers import AutoModelForCausalLM
+    assert json.loads((out / "tokenizer_config.json").read_text()) == tokenizer
+    assert "config.json: auto_map, which names code, is not copied" in caplog.text
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
+    # A user who trusts the folder gets the family's own classes all the same.
+    AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert torch.equal(model.model.norm.weight, _tensors(models["llama"])["model.norm.weight"])
     assert not (tmp_path / "was-run").exists()
 

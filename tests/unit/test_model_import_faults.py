@@ -173,7 +173,7 @@ def test_a_target_inside_the_source_is_refused(source):
 def test_too_little_disk_space_is_told_with_figures_before_the_start(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    with pytest.raises(ConfigError, match=r"target: needs 0\.07 GB, its disk has 0\.00 GB free"):
+    with pytest.raises(ConfigError, match=r"target: needs 67\.\d MB, its disk has 1\.00 MB free"):
         small_import(source, tmp_path / "target")
     _assert_nothing(tmp_path / "target")
 
@@ -185,6 +185,16 @@ def test_values_beyond_the_number_format_are_refused_by_name(source, tmp_path):
         CheckpointError, match=r"model\.layers\.0\.mlp\.down_proj\.weight: values that are not finite as torch\.float16"
     ):
         import_model(folder, tmp_path / "target", layout=smallest_layout({"tp": 2}), dtype="float16")
+    _assert_nothing(tmp_path / "target")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_source_value_that_is_not_finite_is_refused_by_name_in_any_number_format(source, tmp_path, value, dtype):
+    folder, name = Path(shutil.copytree(source, tmp_path / "hf")), "model.layers.1.self_attn.o_proj.weight"
+    _rewrite(folder, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {name}: holds values that are not finite"):
+        import_model(folder, tmp_path / "target", layout=smallest_layout({"tp": 2}), dtype=dtype)
     _assert_nothing(tmp_path / "target")
 
 

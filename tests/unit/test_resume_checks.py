@@ -66,6 +66,15 @@ def test_an_unchanged_recipe_goes_on_and_so_does_one_without_a_checkpoint(make_r
     assert find_changes(make_recipe(), checkpoint, data_hash="d" * 64) == []
 
 
+def test_a_run_that_is_further_than_run_steps_is_refused_with_both_numbers_and_a_finished_one_is_not(make_recipe):
+    checkpoint = _save(make_recipe(), step=6)
+    [problem] = resume_problems(make_recipe(run__steps=3))
+    assert f"run.steps = 3: {checkpoint} is at step 6 already; set it to 6 or more" in problem
+    assert resume_problems(make_recipe(run__steps=3, run__accept=["recipe", "data", "no_optimizer"])) == [problem]
+    assert resume_problems(make_recipe(run__steps=3), data_hash="d" * 64) == []  # told once
+    assert resume_problems(make_recipe(run__steps=6)) == []
+
+
 def test_each_changed_key_is_named_with_both_values_and_accepted_when_told_to(make_recipe):
     checkpoint = _save(make_recipe())
     changed = {"optimizer__learning_rate": 1e-5, "contrastive__temperature": 0.1, "algorithm__kl": {"coefficient": 0.0}}

@@ -1,0 +1,104 @@
+"""Laws of a run that fails while a checkpoint is being written: the checkpoint is completed first, the failure is told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import TwoRanks, make_identity, read_values, values_of
+
+from clipo_megatron.checkpoint.manifest import Progress, find_damage, list_checkpoints
+from clipo_megatron.checkpoint.retention import Retention
+from clipo_megatron.controller.loop import TrainingLoop
+from clipo_megatron.controller.saving import CheckpointSaver
+from clipo_megatron.data.prompts import PromptSet
+from clipo_megatron.errors import EngineError, WorkerError
+from clipo_megatron.recipe import Recipe
+from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, Sampling, Verdict, VersionSpan
+
+
+class FailingEngines:
+    """Sample in the first step and fail in the second one, while the ranks still write."""
+
+    def __init__(self, may_write: threading.Event) -> None:
+        self._may_write = may_write
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, version: int | None) -> list[RolloutGroup]:
+        if sampling.step == 2:
+            threading.Timer(0.1, self._may_write.set).start()
+            raise EngineError("engine_0 is gone")
+        rollout = Rollout(
+            response_ids=np.zeros(1, np.int32),
+            sampled_logprobs=np.zeros(1, np.float32),
+            finish=Finish.STOP,
+            policy_versions=(VersionSpan(version=0, start=0, end=1),),
+            text="",
+        )
+        return [RolloutGroup(prompt=prompt, rollouts=(rollout,) * sampling.samples) for prompt in prompts]
+
+    def update_weights(self, version: int, buckets: Iterable[object]) -> None:
+        pass
+
+
+class Undecided:
+    """A verifier that can't decide, so that no step trains."""
+
+    def judge(self, items: Sequence[object]) -> list[Verdict]:
+        return [Verdict.UNDECIDED for _ in items]
+
+
+class IdlePolicy(TwoRanks):
+    def weight_buckets(self, version: int) -> list[object]:
+        return []
+
+
+def test_a_run_that_fails_while_a_checkpoint_is_written_completes_it_and_tells_its_own_failure(tmp_path):
+    model = make_identity(tmp_path / "run").model_path
+    recipe = Recipe.model_validate(
+        {
+            "run": {"name": "try", "folder": str(tmp_path), "steps": 3},
+            "model": {"path": str(model)},
+            "data": {"train": ["train.parquet"]},
+            "algorithm": {"prompts_per_step": 2, "group_size": 2},
+            "checkpoint": {"every": 1},
+        }
+    )
+    (tmp_path / "try").mkdir()
+    prompt = Prompt(index=0, token_ids=np.zeros(1, np.int32), answer="1", verifier="math", source="s")
+    may_write = threading.Event()
+    policy = IdlePolicy(before_writing=lambda _rank: may_write.wait(10))
+    policy.update(7)
+    loop = TrainingLoop(
+        recipe,
+        policy=policy,
+        engines=FailingEngines(may_write),
+        verifiers=Undecided(),
+        train=PromptSet(prompts=(prompt, prompt), num_overlong=0),
+        evaluation=None,
+        resume=None,
+        on_row=lambda _row: None,
+        should_stop=lambda: False,
+    )
+    with pytest.raises(EngineError, match="engine_0 is gone"):
+        loop.run()
+    [checkpoint] = list_checkpoints(tmp_path / "try" / "checkpoints")
+    assert find_damage(checkpoint) == []
+    assert torch.equal(read_values(checkpoint), values_of(7))
+
+
+def test_what_can_not_be_completed_is_logged_and_not_raised_and_nothing_is_left(tmp_path, caplog):
+    def dies(_rank: int) -> None:
+        raise WorkerError("policy_1 died")
+
+    folder, run = tmp_path / "checkpoints", make_identity(tmp_path / "run")
+    saver = CheckpointSaver(
+        folder, TwoRanks(before_writing=dies), run=run, retention=Retention(keep=5), asynchronous=True
+    )
+    saver.rescue()  # nothing is under way
+    saver.begin(Progress(step=1), sound=True, accuracy=None)
+    saver.rescue()
+    assert "checkpoint of step 1 can't be written: policy_1 died" in caplog.text
+    assert not list(folder.iterdir())
