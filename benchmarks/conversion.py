@@ -25,6 +25,7 @@ import torch
 from measure import Machine, machine, show_table, write_row
 from torch import Tensor
 
+from clipo_megatron.checkpoint.checksum import file_checksum
 from clipo_megatron.checkpoint.conversion_plan import DEGREES, plan_import, same_dtype, smallest_layout
 from clipo_megatron.checkpoint.model_export import export_model
 from clipo_megatron.checkpoint.model_import import import_model
@@ -171,6 +172,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             # What is cached and not read would have to make room for what is written.
             if args.drop or other != read:
                 _drop_from_cache(other)
+        if not args.drop:
+            _read_into_cache(read)
         if args.memory == "fresh":
             time.sleep(_REPORTING_S)
         else:
@@ -242,6 +245,12 @@ def _child(way: str, source: str, target: str, layout: str) -> int:
 def _touch_memory(num_bytes: int) -> None:
     """Free memory that this machine holds, so that every run starts with as much of it."""
     subprocess.run([sys.executable, "-c", f"bytearray(b'x') * {num_bytes}"], check=True)
+
+
+def _read_into_cache(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file_checksum(path)
 
 
 def _drop_from_cache(folder: Path) -> None:

@@ -249,3 +249,15 @@ class WeightBucket:
     """[num_bytes]"""
     checksum: int
     """CRC-32 of the payload."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncReport:
+    """What one sync of all engines moved."""
+
+    transport: str
+    """"stream" or "shm"."""
+    num_bytes: int
+    """Written into all engines' parameters, or sent to each engine in buckets."""
+    floor_seconds: float | None
+    """That the copies of the busiest engine rank take at least, at the copy rate measured there; None for streams."""

@@ -1,6 +1,7 @@
 """`clipo check parity RECIPE.yaml [key=value ...] --layout tp=2,pp=2`: does a layout give what one rank gives?
 
-Runs the recipe's model, cut to a few layers, under the layout and on one rank, both on this machine.
+Runs the recipe's model, cut to a few layers, under the layout and on one rank, both on this machine. `clipo check sync`
+is declared here as well; see cli/check_sync.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
+from clipo_megatron.cli import check_sync
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.load import read_recipe
@@ -47,7 +49,7 @@ _TERMINATED = 128 + signal.SIGTERM
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
-    parser = commands.add_parser("check", help="check a recipe's layout against one rank", description=__doc__)
+    parser = commands.add_parser("check", help="check a recipe's layout, or its weight syncs", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     parity = actions.add_parser(
         "parity",
@@ -74,6 +76,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parity.add_argument("--timeout", type=float, default=600.0, metavar="S", help="deadline of each of the two runs")
     parity.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     parity.set_defaults(run=run)
+    sync = actions.add_parser(
+        "sync",
+        help="compare log-probs of the engines with the policy's after syncs of perturbed weights",
+        description="Exit code 0: engines agree with the policy after every sync, and would not without it; 1: they do not, "
+        "or a worker failed; 2: bad input.",
+    )
+    check_sync.add_arguments(sync)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from clipo_megatron.cli import check, ckpt, data, evaluate, plan, train
+from clipo_megatron.cli import bench, check, ckpt, data, evaluate, plan, train
 from clipo_megatron.errors import ClipoError, ConfigError
 
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="clipo", description="Reinforcement learning with a contrastive reward.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, evaluate, data, plan, check, ckpt):
+    for command in (train, evaluate, data, plan, check, bench, ckpt):
         command.add_parser(commands)
     parsed, unknown = parser.parse_known_args(arguments)
     # argparse takes a list of key=value only in one piece; users append them after options as well.

@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-parallel", action="store_true", help="as if an engine's ranks shared out whole experts"
     )
+    parser.add_argument(
+        "--fp8",
+        choices=("none", "block", "tensor"),
+        default="none",
+        help="as if the engines held the matrices of the layers in FP8, with a scale a 128 x 128 block or a matrix",
+    )
 
 
 def option_problems(args: argparse.Namespace) -> list[str]:
@@ -76,7 +82,7 @@ def show_plan(recipe: Recipe, arch: Architecture, args: argparse.Namespace) -> N
     placement = place(
         trainer_ranks=trainer.world_size, engine_ranks=engines.num_ranks, gpus_per_node=args.gpus_per_node
     )
-    plan = plan_sync(arch, trainer, engines, placement, dtype=recipe.model.dtype)
+    plan = plan_sync(arch, trainer, engines, placement, dtype=recipe.model.dtype, fp8=args.fp8)
     bandwidths = Bandwidths(same_node=args.nvlink_gbs, network=args.network_gbs, memory=args.memory_gbs)
     _print(plan, bandwidths, degrees=recipe.layout.degrees)
     if args.json is not None:
@@ -113,7 +119,7 @@ def _print(plan: SyncPlan, bandwidths: Bandwidths, *, degrees: str) -> None:
     console = Console(width=max(Console().width, _WIDTH), soft_wrap=True, highlight=False)
     trainer, engines = plan.trainer, plan.engines
     table = Table(
-        title=f"PLAN, not measured: {plan.dtype} weights of {trainer.world_size} trainer ranks "
+        title=f"PLAN, not measured: {plan.dtype} weights{', matrices in FP8,' if plan.dtypes else ''} of {trainer.world_size} trainer ranks "
         f"({degrees or 'nothing split'}) into {engines.engines} engines of tp={engines.tp}"
         f"{', expert parallel' if engines.expert_parallel else ''}; {plan.placement.gpus_per_node} GPUs a node",
         title_justify="left",

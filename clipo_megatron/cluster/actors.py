@@ -129,6 +129,21 @@ class PolicyActor(LoggedWorker):
         return self._worker.load(Path(folder), with_optimizer=with_optimizer)
 
     @reports_failure
+    def share_weights(self) -> str:
+        """See `WeightSharing.share`."""
+        return self._worker.sharing.share()
+
+    @reports_failure
+    def offer_weights(self, version: int) -> None:
+        """See `WeightSharing.offer`."""
+        self._worker.sharing.offer(version)
+
+    @reports_failure
+    def confirm_weights(self, version: int) -> None:
+        """See `WeightSharing.confirm`."""
+        self._worker.sharing.confirm(version)
+
+    @reports_failure
     def open_stream(self, version: int, first_index: int) -> None:
         """Make ready to hand out this stage's weights as buckets, numbered from `first_index`."""
         from clipo_megatron.sync.bucket import pack_buckets
@@ -155,6 +170,7 @@ class EngineActor(LoggedWorker):
     def __init__(self, number: int, settings: EngineSettings, log_folder: str) -> None:
         self.open_log(f"engine_{number}", log_folder)
         logger.info("engine %d is process %d", number, os.getpid())
+        self._number = number
         self._settings = settings
 
     @reports_failure
@@ -184,3 +200,33 @@ class EngineActor(LoggedWorker):
     def commit_update(self, version: int, num_tensors: int) -> None:
         """See `RolloutEngine.commit_update`."""
         self._engine.commit_update(version, num_tensors)
+
+    @reports_failure
+    def planned_sync_problem(self, is_asked_for: bool) -> str:
+        """See `RolloutEngine.planned_sync_problem`."""
+        return self._engine.planned_sync_problem(is_asked_for=is_asked_for)
+
+    @reports_failure
+    def open_plan(self, plan: str, handles: Sequence[str]) -> tuple[int, float]:
+        """See `RolloutEngine.open_plan`."""
+        return self._engine.open_plan(plan, self._number, handles)
+
+    @reports_failure
+    def begin_pull(self, version: int, timeout_s: float) -> None:
+        """See `RolloutEngine.begin_pull`."""
+        self._engine.begin_pull(version, timeout_s=timeout_s)
+
+    @reports_failure
+    def pull(self, version: int, verify: bool, timeout_s: float) -> None:
+        """See `RolloutEngine.pull`."""
+        self._engine.pull(version, verify=verify, timeout_s=timeout_s)
+
+    @reports_failure
+    def commit_pull(self, version: int, timeout_s: float) -> None:
+        """See `RolloutEngine.commit_pull`."""
+        self._engine.commit_pull(version, timeout_s=timeout_s)
+
+    @reports_failure
+    def abort_update(self) -> None:
+        """See `RolloutEngine.abort_update`."""
+        self._engine.abort_update()

@@ -82,11 +82,27 @@ class RayPolicy:
 
     def export_hf(self, folder: Path) -> None:
         """See `controller.Policy`. Streams bucket by bucket; the folder appears when it is complete."""
-        buckets: Iterator[WeightBucket] = (ray.get(ref) for ref, _ in self.weight_buckets(0))
+        buckets: Iterator[WeightBucket] = (ray.get(ref) for ref, *_ in self.stream_weights(0))
         export_hf(buckets, source=self._settings.model_path, folder=folder)
 
-    def weight_buckets(self, version: int) -> Iterator[tuple[ray.ObjectRef, int]]:
-        """Buckets of all pipeline stages, first stage first: a reference to each and its number of tensors.
+    def weight_buckets(self, version: int) -> PolicyWeights:
+        """See `controller.Policy`; nothing moves before they are drawn or pulled."""
+        return PolicyWeights(self, version)
+
+    def share_weights(self, *, timeout_s: float) -> list[str]:
+        """Let engines of this node read the parameters of all ranks, once; how to open them, by rank."""
+        return self._all("sync begin", lambda actor: actor.share_weights.remote(), timeout_s=timeout_s)
+
+    def offer_weights(self, version: int, *, timeout_s: float) -> None:
+        """Have every rank say that its shared parameters are those of `version`, until they change."""
+        self._all("sync begin", lambda actor: actor.offer_weights.remote(version), timeout_s=timeout_s)
+
+    def confirm_weights(self, version: int, *, timeout_s: float) -> None:
+        """Pass if every rank lives and still offers `version`."""
+        self._all("sync transfer", lambda actor: actor.confirm_weights.remote(version), timeout_s=timeout_s)
+
+    def stream_weights(self, version: int) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+        """Buckets of all pipeline stages, first stage first: a reference to each, its number of tensors and its bytes.
 
         The next bucket is made while the caller is busy with the one before.
         """
@@ -95,28 +111,61 @@ class RayPolicy:
         for stage in range(layout.pp):
             ranks = layout.ranks_of_weights(stage)
             first = number
-            self._call(ranks[:1], "sync", lambda actor: actor.open_stream.remote(version, first))  # noqa: B023
+            self._call(ranks[:1], "sync begin", lambda actor: actor.open_stream.remote(version, first))  # noqa: B023
             others = {f"policy_{rank}": self._actors[rank].drain_stream.remote() for rank in ranks[1:]}
             sender = self._actors[ranks[0]]
             pending = sender.next_bucket.remote()
             while True:
-                bucket = gather({f"policy_{ranks[0]}": pending}, phase="sync", timeout_s=self._timeout_s)[
+                bucket = gather({f"policy_{ranks[0]}": pending}, phase="sync transfer", timeout_s=self._timeout_s)[
                     f"policy_{ranks[0]}"
                 ]
                 if bucket is None:
                     break
                 ready, pending = pending, sender.next_bucket.remote()
-                yield ready, len(bucket.specs)
+                yield ready, len(bucket.specs), len(bucket.payload)
                 number += 1
-            gather(others, phase="sync", timeout_s=self._timeout_s)
+            gather(others, phase="sync transfer", timeout_s=self._timeout_s)
 
-    def _all(self, phase: str, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
-        return self._call(range(len(self._actors)), phase, call)
+    def _all(self, phase: str, call: Callable[[Any], ray.ObjectRef], *, timeout_s: float | None = None) -> list[Any]:
+        return self._call(range(len(self._actors)), phase, call, timeout_s=timeout_s)
 
-    def _call(self, ranks: Sequence[int], phase: str, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
+    def _call(
+        self,
+        ranks: Sequence[int],
+        phase: str,
+        call: Callable[[Any], ray.ObjectRef],
+        *,
+        timeout_s: float | None = None,
+    ) -> list[Any]:
         refs = {f"policy_{rank}": call(self._actors[rank]) for rank in ranks}
-        return list(gather(refs, phase=phase, timeout_s=self._timeout_s).values())
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return list(gather(refs, phase=phase, timeout_s=limit_s).values())
 
     def _one_result(self, results: Sequence[Any]) -> Any:  # noqa: ANN401 (Scores or TrainReport)
         """What the one reporting rank returned."""
         return next(itertools.filterfalse(lambda result: result is None, results))
+
+
+class PolicyWeights:
+    """A version of the policy's weights, for `RayEngines.update_weights`: drawn as buckets, or shared and pulled."""
+
+    def __init__(self, policy: RayPolicy, version: int) -> None:
+        """Nothing moves yet."""
+        self._policy = policy
+        self._version = version
+
+    def __iter__(self) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+        """The buckets, see `RayPolicy.stream_weights`."""
+        return self._policy.stream_weights(self._version)
+
+    def share(self, *, timeout_s: float) -> list[str]:
+        """See `RayPolicy.share_weights`."""
+        return self._policy.share_weights(timeout_s=timeout_s)
+
+    def offer(self, *, timeout_s: float) -> None:
+        """See `RayPolicy.offer_weights`."""
+        self._policy.offer_weights(self._version, timeout_s=timeout_s)
+
+    def confirm(self, *, timeout_s: float) -> None:
+        """See `RayPolicy.confirm_weights`."""
+        self._policy.confirm_weights(self._version, timeout_s=timeout_s)

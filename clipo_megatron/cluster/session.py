@@ -14,7 +14,7 @@ import ray
 
 from clipo_megatron.cluster.engines import RayEngines
 from clipo_megatron.cluster.policy import RayPolicy
-from clipo_megatron.cluster.settings import Device, engine_settings, policy_settings
+from clipo_megatron.cluster.settings import Device, engine_settings, policy_settings, sync_settings
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.rollout.environment import engine_environment
@@ -71,7 +71,7 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
         ),
         log_folder=log_folder,
         timeout_s=recipe.run.worker_timeout_s,
-        sync_timeout_s=recipe.sync.timeout_s,
+        sync=sync_settings(recipe, device=device),
     )
     policy.start()
     engines.start()

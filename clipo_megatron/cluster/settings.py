@@ -7,10 +7,12 @@ from typing import Literal
 
 from clipo_megatron.algorithms.contrastive import Objective
 from clipo_megatron.checks.trainer_layout import parallel_layout
+from clipo_megatron.cluster.planned_sync import SyncSettings
 from clipo_megatron.policy.precision import PrecisionSettings
 from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings, PolicySettings
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.rollout.settings import EngineSettings
+from clipo_megatron.sync.plan import EngineLayout
 from clipo_megatron.weights.architecture import read_architecture
 
 Device = Literal["cpu", "cuda"]
@@ -103,4 +105,18 @@ def engine_settings(recipe: Recipe, *, device: Device) -> EngineSettings:
         prefix_caching=rollout.prefix_caching,
         seed=recipe.run.seed,
         return_routed_experts=recipe.experts.routing_replay and has_experts,
+    )
+
+
+def sync_settings(recipe: Recipe, *, device: Device) -> SyncSettings:
+    """How a recipe's weights come from the trainer to the engines."""
+    return SyncSettings(
+        transport=recipe.sync.transport,
+        verify=recipe.sync.verify,
+        timeout_s=recipe.sync.timeout_s,
+        model_path=Path(recipe.model.path).resolve(),
+        dtype=recipe.model.dtype,
+        trainer=parallel_layout(recipe),
+        engines=EngineLayout(engines=recipe.rollout.engines, tp=recipe.rollout.tp),
+        device=device,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from clipo_megatron.checkpoint.dist_index import WrittenFile
-from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport
+from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, SyncReport, TrainReport
 
 
 class SavesState(Protocol):
@@ -49,7 +49,7 @@ class Policy(SavesState, Protocol):
         ...
 
     def weight_buckets(self, version: int) -> Iterable[object]:
-        """Handles of the weight buckets of `version`, whole Hugging Face tensors; only engines look inside."""
+        """The weights of `version`; only engines look inside: handles of buckets, or a way to the parameters themselves."""
         ...
 
 
@@ -67,6 +67,6 @@ class Sampler(Protocol):
 class Engines(Sampler, Protocol):
     """The rollout side of a run: all engines as one, kept at the policy's version."""
 
-    def update_weights(self, version: int, buckets: Iterable[object]) -> None:
-        """Load all buckets on every engine and commit them as `version`."""
+    def update_weights(self, version: int, buckets: Iterable[object]) -> SyncReport:
+        """Bring all weights to every engine and commit them as `version`."""
         ...

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from clipo_megatron.controller.gate import measure_mismatch
 from clipo_megatron.controller.step import StepReport
-from clipo_megatron.records import Finish, RolloutBatch, RolloutGroup, Scores, Verdict
+from clipo_megatron.records import Finish, RolloutBatch, RolloutGroup, Scores, SyncReport, Verdict
 
 _FINITE = ("policy/loss", "policy/kl", "policy/grad_norm", "contrastive/loss", "contrastive/head_grad_norm")
 
@@ -21,10 +21,17 @@ def step_metrics(report: StepReport, *, reward_floor: float, seconds: Mapping[st
     """All metrics of one training step, keys as declared in `controller.metrics`."""
     row = {"version": float(report.version)}
     row |= _rollout_metrics(report.groups, report.batch, seconds)
+    if report.synced is not None:
+        row |= _sync_metrics(report.synced)
     seconds_row = {f"seconds/{key}": value for key, value in seconds.items()}
     if report.scores is None:
         return row | {"policy/skipped_step": 1.0} | seconds_row
     return row | _learning_metrics(report, report.scores, reward_floor) | seconds_row
+
+
+def _sync_metrics(synced: SyncReport) -> dict[str, float]:
+    row = {"sync/bytes": float(synced.num_bytes), "sync/planned": float(synced.transport != "stream")}
+    return row if synced.floor_seconds is None else row | {"sync/floor_seconds": synced.floor_seconds}
 
 
 def _learning_metrics(report: StepReport, scores: Scores, reward_floor: float) -> dict[str, float]:

@@ -17,7 +17,7 @@ from clipo_megatron.controller.protocols import Engines, Policy
 from clipo_megatron.data.batch import build_batch
 from clipo_megatron.data.packing import least_rows
 from clipo_megatron.recipe import Recipe
-from clipo_megatron.records import Floats, Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport
+from clipo_megatron.records import Floats, Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, SyncReport, TrainReport
 from clipo_megatron.rewards.pool import Verifiers
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ class StepReport:
     """None in the steps in which only the head learns."""
     version: int
     """Of the weights after the step."""
+    synced: SyncReport | None = None
+    """None in a step that leaves the weights as they are."""
 
 
 class Step:
@@ -100,14 +102,20 @@ class Step:
             reference_logprobs=scores.reference_logprobs,
             advantages=self.advantages(batch, contrastive),
         )
-        trained = None
+        trained = synced = None
         if not self._recipe.contrastive.enabled or step > self._recipe.contrastive.warmup_steps:
             with self._clock.phase("train"):
                 trained = self._policy.train(batch, step=step)
             version += 1
-            self.sync(version)
+            synced = self.sync(version)
         return StepReport(
-            groups=groups, batch=batch, scores=scores, contrastive=contrastive, trained=trained, version=version
+            groups=groups,
+            batch=batch,
+            scores=scores,
+            contrastive=contrastive,
+            trained=trained,
+            version=version,
+            synced=synced,
         )
 
     def sample(self, prompts: Sequence[Prompt], *, step: int, version: int) -> list[RolloutGroup]:
@@ -148,10 +156,10 @@ class Step:
             use_std=self._recipe.algorithm.advantage == "group",
         ).numpy()
 
-    def sync(self, version: int) -> None:
+    def sync(self, version: int) -> SyncReport:
         """Move the policy's weights to the engines as `version`."""
         with self._clock.phase("sync"):
-            self._engines.update_weights(version, self._policy.weight_buckets(version))
+            return self._engines.update_weights(version, self._policy.weight_buckets(version))
 
 
 def judge(groups: Sequence[RolloutGroup], verifiers: Verifiers) -> list[RolloutGroup]:

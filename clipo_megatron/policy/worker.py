@@ -34,6 +34,7 @@ from clipo_megatron.policy.snapshot import SnapshotWriter
 from clipo_megatron.policy.state import TrainingState, read_plain
 from clipo_megatron.policy.train import AuxiliaryLoss, PolicyLoss, summarize, update, update_shares
 from clipo_megatron.policy.weight_io import stage_hf_tensors
+from clipo_megatron.policy.weight_sharing import WeightSharing
 from clipo_megatron.records import RolloutBatch, Scores, TrainReport
 from clipo_megatron.weights.architecture import read_architecture
 
@@ -104,6 +105,8 @@ class PolicyWorker:
             reports=self.reports,
         )
         self._snapshot = SnapshotWriter(device=self._device)
+        self.sharing = WeightSharing(self._stage, self._architecture, rank=rank)
+        """The weights, for engines of this node that copy them where they lie."""
 
     def _build_head(self, settings: ContrastiveSettings) -> None:
         groups = self._groups
@@ -188,6 +191,7 @@ class PolicyWorker:
             least_rows=self._packer.least_rows,
         )
         updates: list[tuple[bool, dict[str, float]]] = []
+        self.sharing.withdraw()
         for rows in shares:
             share = batch.select(rows) if len(shares) > 1 else batch
             micro_batches, plan = self._packer(share, with_routes=True)
@@ -258,6 +262,7 @@ class PolicyWorker:
         Raises:
             CheckpointError: the state is missing, damaged, or of another dtype, architecture or head.
         """
+        self.sharing.withdraw()
         with DistReader(folder) as reader:
             return self._state.load(reader, read_plain(folder), with_optimizer=with_optimizer)
 
@@ -316,6 +321,7 @@ class PolicyWorker:
         # Another policy than the engine's, so its routers decide by themselves.
         micro_batches, _ = self._packer(batch, with_routes=False)
         own = self._host_copy()
+        self.sharing.withdraw()
         self._set_parameters(self._reference)
         try:
             return self._forward(batch, micro_batches, pooling=None)[0].logprob_T

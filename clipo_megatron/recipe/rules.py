@@ -179,10 +179,33 @@ def _retention(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _sync(recipe: Recipe) -> Iterator[str]:
+    section, device = recipe.sync, recipe.run.device
+    if section.transport == "stream" and section.verify != "first":
+        yield (
+            f"sync.verify = {section.verify}: has an effect only on planned copies, found sync.transport = stream, whose "
+            "buckets always have checksums; leave it out"
+        )
+    if (section.transport, device) in (("shm", "cuda"), ("ipc", "cpu")):
+        other = "ipc" if device == "cuda" else "shm"
+        yield f"sync.transport = {section.transport}: not on run.device = {device}; set it to {other}, auto or stream"
+
+
 def _accepted(recipe: Recipe) -> Iterator[str]:
     run = recipe.run
     if run.accept and run.resume == "never":
         yield f"run.accept = {list(run.accept)}: has an effect only on a resume, found run.resume = never; leave one out"
 
 
-_RULES = (_batch, _contrastive, _frozen_head, _contrastive_gradient, _precision, _offload, _gate, _retention, _accepted)
+_RULES = (
+    _batch,
+    _contrastive,
+    _frozen_head,
+    _contrastive_gradient,
+    _precision,
+    _offload,
+    _gate,
+    _retention,
+    _sync,
+    _accepted,
+)

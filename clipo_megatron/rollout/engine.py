@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +14,13 @@ from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.errors import CheckError, EngineError
 from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, Routes, Sampling, VersionSpan, WeightBucket
 from clipo_megatron.rollout.environment import environment_problems
+from clipo_megatron.rollout.planned_support import planned_sync_problem
 from clipo_megatron.rollout.routes import rollout_routes
 from clipo_megatron.rollout.sampling import rollout_seed, stop_token_ids
 from clipo_megatron.rollout.settings import EngineSettings
-from clipo_megatron.sync.shared_memory import published
-from clipo_megatron.sync.state import SyncState
+from clipo_megatron.rollout.updates import WeightUpdates
+from clipo_megatron.rollout.workers import Workers
 from clipo_megatron.weights.architecture import read_architecture
-from clipo_megatron.weights.names import hf_tensor_specs
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -47,16 +46,17 @@ class RolloutEngine:
             ConfigError: the model folder has no tokenizer or no stop id.
         """
         _check_environment(settings.device, settings.tp)
-        self._model_path = settings.model_path
         self._tokenizer = load_tokenizer(settings.model_path)
         self._stop_ids = stop_token_ids(settings.model_path, self._tokenizer.eos_token_id)  # pyright: ignore
         self._max_model_len = settings.max_model_len
-        self._state = SyncState()
+        self._settings = settings
         self._return_routed_experts = settings.return_routed_experts
         self._records_routes = settings.return_routed_experts and settings.device == "cpu"
-        self._llm: LLM | None = _start_vllm(settings)
+        self._workers = Workers(_start_vllm(settings), settings.tp)
+        self._updates = WeightUpdates(self._workers, Path(settings.model_path))
+        self._is_closed = False
         if self._records_routes:
-            self._on_workers("clipo_record_routes")
+            self._workers.call("clipo_record_routes")
 
     @property
     def version(self) -> int | None:
@@ -65,7 +65,7 @@ class RolloutEngine:
         Raises:
             EngineError: an update is under way or was not finished.
         """
-        return self._state.version
+        return self._updates.version
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, version: int | None) -> list[RolloutGroup]:
         """Sample responses to each prompt.
@@ -88,11 +88,11 @@ class RolloutEngine:
             EngineError: the engine does not hold `version`, or a prompt is too long.
             CheckError: a log-prob is not finite, or a token has no routed experts though they were asked for.
         """
-        llm = self._running()
-        self._state.ready(version)
+        llm = self._workers.require()
+        self._updates.ready(version)
         self._check_lengths(prompts, sampling.max_tokens)
         # Cached blocks of an earlier call change the last bits: without them a resumed run equals an uninterrupted one.
-        self._drop_prefix_cache()
+        self._updates.drop_prefix_cache()
 
         requests, parameters = [], []
         for prompt in prompts:
@@ -104,7 +104,7 @@ class RolloutEngine:
                 requests.append({"prompt_token_ids": token_ids})
                 parameters.append(self._parameters(request_seed, sampling))
         outputs = llm.generate(requests, parameters, use_tqdm=False)
-        recorded: dict[str, Routes] = llm.collective_rpc("clipo_take_routes")[0] if self._records_routes else {}
+        recorded: dict[str, Routes] = self._workers.call("clipo_take_routes")[0] if self._records_routes else {}
         with_routes = self._return_routed_experts and sampling.routed_experts
         rollouts = [
             self._rollout(output, self._routes(output, recorded) if with_routes else None, version)
@@ -116,71 +116,67 @@ class RolloutEngine:
         ]
 
     def begin_update(self, version: int) -> None:
-        """Start receiving the weights of `version`; nothing is generated before they are committed.
-
-        Raises:
-            EngineError: an update is under way, or the version is not newer than the newest one held.
-        """
-        self._running()
-        self._state.begin(version, hf_tensor_specs(read_architecture(Path(self._model_path))))
-        self._on_workers("clipo_begin_update")
+        """See `WeightUpdates.begin`."""
+        self._updates.begin(version)
 
     def load_bucket(self, bucket: WeightBucket) -> None:
-        """Load the next bucket of the update.
-
-        Raises:
-            EngineError: wrong version, order, tensor or shape. The engine is stale then.
-            CheckError: the payload changed on the way. The engine is stale then.
-        """
-        self._running()
-        self._state.receive(bucket)
-        with published(bucket.payload) as path:
-            self._on_workers(
-                "clipo_load_bucket",
-                path,
-                len(bucket.payload),
-                bucket.version,
-                bucket.index,
-                bucket.checksum,
-                [astuple(spec) for spec in bucket.specs],
-            )
+        """See `WeightUpdates.load_bucket`."""
+        self._updates.load_bucket(bucket)
 
     def commit_update(self, version: int, num_tensors: int) -> None:
-        """Serve `version` from here on.
+        """See `WeightUpdates.commit`."""
+        self._updates.commit(version, num_tensors)
 
-        Args:
-            version: what `begin_update` was given.
-            num_tensors: tensors that the sender has sent.
+    def planned_sync_problem(self, *, is_asked_for: bool) -> str:
+        """Why this engine must not be filled by a plan; empty if it may be. See rollout/planned_support.py."""
+        import vllm
+
+        return planned_sync_problem(
+            release=vllm.__version__,
+            family=read_architecture(Path(self._settings.model_path)).family,
+            dtype=self._settings.dtype,
+            device=self._settings.device,
+            quantization=self._workers.require().llm_engine.model_config.quantization,
+            is_asked_for=is_asked_for,
+        )
+
+    def open_plan(self, plan: str, engine: int, handles: Sequence[str]) -> tuple[int, float]:
+        """See `WeightUpdates.open_plan`.
 
         Raises:
-            EngineError: tensors are missing, or the prefix cache could not be dropped. The engine is stale then.
+            EngineError: also if this engine must not be filled by a plan.
         """
-        self._running()
-        self._state.check_complete(version, num_tensors)
-        self._on_workers("clipo_finish_update")
-        self._drop_prefix_cache()
-        self._state.commit(version, num_tensors)
+        problem = self.planned_sync_problem(is_asked_for=True)
+        if problem:
+            raise EngineError(f"{problem}; set sync.transport to stream")
+        return self._updates.open_plan(plan, engine, handles)
+
+    def begin_pull(self, version: int, *, timeout_s: float) -> None:
+        """See `WeightUpdates.begin_pull`."""
+        self._updates.begin_pull(version, timeout_s=timeout_s)
+
+    def pull(self, version: int, *, verify: bool, timeout_s: float) -> None:
+        """See `WeightUpdates.pull`."""
+        self._updates.pull(version, verify=verify, timeout_s=timeout_s)
+
+    def commit_pull(self, version: int, *, timeout_s: float) -> None:
+        """See `WeightUpdates.commit_pull`."""
+        self._updates.commit_pull(version, timeout_s=timeout_s)
 
     def abort_update(self) -> None:
-        """Give up an update. The engine is stale until a whole one has been committed; without one nothing changes."""
-        self._state.abort()
-        self._on_workers("clipo_abandon_update")
+        """See `WeightUpdates.abort`."""
+        self._updates.abort()
 
     def close(self) -> None:
         """End the workers and free the memory; the engine can't be used any more. Closing twice is fine."""
-        if self._llm is None:
+        if self._is_closed:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
+        self._is_closed = True
+        self._workers.close()
         gc.collect()  # the model is part of reference cycles
         cleanup_dist_env_and_memory()
-
-    def _running(self) -> LLM:
-        if self._llm is None:
-            raise EngineError("the engine is closed; start a new one")
-        return self._llm
 
     def _parameters(self, seed: int, sampling: Sampling) -> SamplingParams:
         from vllm import SamplingParams
@@ -213,20 +209,6 @@ class RolloutEngine:
                     f"engine takes 1 to {self._max_model_len - max_tokens} (max_model_len = {self._max_model_len}); "
                     "lower data.max_prompt_tokens or start the engine with a larger max_model_len"
                 )
-
-    def _drop_prefix_cache(self) -> None:
-        if not self._running().reset_prefix_cache():
-            self._state.abort()
-            raise EngineError("the prefix cache could not be dropped: requests are still running; restart the engine")
-
-    def _on_workers(self, method: str, *arguments: object) -> None:
-        """Call a receiver's method on all workers; the first error is raised, and ends the update under way."""
-        replies = self._running().collective_rpc(method, args=arguments)
-        for rank, (kind, message) in enumerate(replies):
-            if kind:
-                self._state.abort()
-                text = f"engine worker {rank} of {len(replies)}: {method}: {kind}: {message}"
-                raise CheckError(text) if kind == "CheckError" else EngineError(text)
 
     def _rollout(self, output: RequestOutput, routes: Routes | None, version: int | None) -> Rollout:
         completion = output.outputs[0]

@@ -1,17 +1,18 @@
 """What is added to vLLM's worker processes: the receiving end of a weight update, and on CPUs the recorder of routes.
 
-vLLM mixes the class into its Worker, and the engine calls its methods on all its workers at once.
+vLLM mixes the class into its Worker; `rollout.workers.Workers` calls its methods on all workers at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clipo_megatron.errors import ClipoError
+from clipo_megatron.errors import ClipoError, EngineError
 from clipo_megatron.records import Routes, TensorSpec, WeightBucket
+from clipo_megatron.rollout.workers import Reply, mark_done
 from clipo_megatron.sync.bucket import unpack
 from clipo_megatron.sync.shared_memory import attach
 
@@ -20,14 +21,8 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from clipo_megatron.rollout.cpu_routes import RouteRecorder
+    from clipo_megatron.rollout.planned_reload import PlannedReload
     from clipo_megatron.rollout.reload import LayerwiseReload
-
-Reply = tuple[str, str]
-"""Name and message of the error, both empty when all went well.
-
-An error is returned, not raised: vLLM stops reading the workers' replies at the first that raised, and would take the
-others for replies to its next call.
-"""
 
 # What vLLM's loaders raise for tensors that do not fit the model.
 _EXPECTED = (ClipoError, RuntimeError, ValueError, KeyError, AttributeError, AssertionError, OSError)
@@ -37,15 +32,36 @@ class WeightReceiver:
     """Methods added to vLLM's Worker; `self` is the worker."""
 
     # Set by vLLM's Worker. Declared only: vLLM refuses an extension with an attribute that the worker has too.
+    rank: int
     vllm_config: VllmConfig
     model_config: ModelConfig
     model_runner: GPUModelRunner
     clipo_reload: LayerwiseReload
+    clipo_planned: PlannedReload
     clipo_routes: RouteRecorder
 
-    def clipo_begin_update(self) -> Reply:
+    def clipo_call(self, board: str, call: int, method: str, arguments: Sequence[Any]) -> Reply:
+        """Call one of the methods below; what it raises becomes the reply, and the board tells that it has come to its end.
+
+        Args:
+            board: of `rollout.workers.ProgressBoard`.
+            call: number of the call.
+            method: name of the method.
+            arguments: for it.
+        """
+        from vllm.config import set_current_vllm_config
+
+        try:
+            with set_current_vllm_config(self.vllm_config), torch.no_grad():
+                reply = ("", "", getattr(self, method)(*arguments))
+        except _EXPECTED as error:
+            reply = (type(error).__name__, str(error), None)
+        mark_done(board, self.rank, call)
+        return reply
+
+    def clipo_begin_update(self) -> None:
         """Get ready for the tensors of a whole model."""
-        return _answer(self, lambda reload: reload.begin())
+        _reload_of(self).begin()
 
     def clipo_load_bucket(
         self,
@@ -55,64 +71,86 @@ class WeightReceiver:
         index: int,
         checksum: int,
         specs: Sequence[tuple[str, Sequence[int], str, int, int]],
-    ) -> Reply:
+    ) -> None:
         """Load one bucket whose payload is published under `path`.
 
         The arguments are a WeightBucket's fields, and each spec a TensorSpec's, as plain values: they cross processes.
         """
+        bucket = WeightBucket(
+            version=version,
+            index=index,
+            specs=tuple(
+                TensorSpec(name=name, shape=tuple(shape), dtype=dtype, offset=offset, num_bytes=size)
+                for name, shape, dtype, offset, size in specs
+            ),
+            payload=attach(path, num_bytes),
+            checksum=checksum,
+        )
+        _reload_of(self).load(unpack(bucket))
 
-        def load(reload: LayerwiseReload) -> None:
-            bucket = WeightBucket(
-                version=version,
-                index=index,
-                specs=tuple(
-                    TensorSpec(name=name, shape=tuple(shape), dtype=dtype, offset=offset, num_bytes=size)
-                    for name, shape, dtype, offset, size in specs
-                ),
-                payload=attach(path, num_bytes),
-                checksum=checksum,
-            )
-            reload.load(unpack(bucket))
+    def clipo_open_plan(self, plan: str, engine: int, handles: Sequence[str]) -> tuple[int, float]:
+        """Lay out all copies of planned syncs; an earlier plan is closed if this one can be used.
 
-        return _answer(self, load)
+        Args:
+            plan: as JSON.
+            engine: number of this engine in it.
+            handles: of all trainer ranks, in their order, as JSON.
 
-    def clipo_finish_update(self) -> Reply:
+        Returns:
+            Bytes of a sync into this worker, and the seconds that they take at least.
+        """
+        from clipo_megatron.rollout.planned_reload import PlannedReload
+        from clipo_megatron.sync.plan_json import from_json
+        from clipo_megatron.sync.shared_parameters import SharedHandles
+
+        opened = PlannedReload(
+            self.model_runner.get_model(),  # pyright: ignore[reportArgumentType]
+            from_json(plan),
+            [SharedHandles.from_json(of_rank) for of_rank in handles],
+            engine=engine,
+            rank=self.rank,
+        )
+        if "clipo_planned" in vars(self):
+            self.clipo_planned.close()
+        self.clipo_planned = opened
+        return self.clipo_planned.num_bytes, self.clipo_planned.floor_seconds
+
+    def clipo_begin_pull(self) -> None:
+        """Get ready for a pull."""
+        if "clipo_planned" not in vars(self):
+            raise EngineError("asked to pull weights, but no plan is open: open it first")
+        self.clipo_planned.begin(_reload_of(self))
+
+    def clipo_pull(self, version: int, verify: bool) -> None:
+        """Copy the weights of `version` out of the trainer's memory, by the plan."""
+        self.clipo_planned.fill(_reload_of(self), version, verify=verify)
+
+    def clipo_finish_pull(self) -> None:
+        """Make the pulled weights the ones that are used."""
+        self.clipo_planned.finish(_reload_of(self))
+
+    def clipo_finish_update(self) -> None:
         """Make the loaded weights the ones that are used."""
-        return _answer(self, lambda reload: reload.finish())
+        _reload_of(self).finish()
 
-    def clipo_abandon_update(self) -> Reply:
+    def clipo_abandon_update(self) -> None:
         """Drop a half-done update."""
-        return _answer(self, lambda reload: reload.abandon())
+        _reload_of(self).abandon()
 
-    def clipo_record_routes(self) -> Reply:
+    def clipo_record_routes(self) -> None:
         """Record from here on which experts each token is sent to. On CPUs; vLLM itself does it on GPUs."""
         from clipo_megatron.rollout.cpu_routes import RouteRecorder
 
-        try:
-            self.clipo_routes = RouteRecorder(self.model_runner, self.vllm_config)
-        except _EXPECTED as error:
-            return type(error).__name__, str(error)
-        return "", ""
+        self.clipo_routes = RouteRecorder(self.model_runner, self.vllm_config)
 
     def clipo_take_routes(self) -> dict[str, Routes]:
         """The routes recorded since the last call, by request; all of them on each worker."""
         return self.clipo_routes.take()
 
 
-def _answer(worker: WeightReceiver, work: Callable[[LayerwiseReload], None]) -> Reply:
-    from vllm.config import set_current_vllm_config
-
-    try:
-        with set_current_vllm_config(worker.vllm_config), torch.no_grad():
-            work(_reload_of(worker))
-    except _EXPECTED as error:
-        return type(error).__name__, str(error)
-    return "", ""
-
-
 def _reload_of(worker: WeightReceiver) -> LayerwiseReload:
     from clipo_megatron.rollout.reload import LayerwiseReload
 
     if "clipo_reload" not in vars(worker):  # kept over updates: it knows whether one was left half-done
-        worker.clipo_reload = LayerwiseReload(worker.model_runner.get_model(), worker.model_config)
+        worker.clipo_reload = LayerwiseReload(worker.model_runner.get_model(), worker.model_config)  # pyright: ignore
     return worker.clipo_reload

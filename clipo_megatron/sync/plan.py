@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.sync.placement import Placement
 
 Shape = tuple[int, ...]
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 NO_LAYER = (0,)
 """Layers of a flow whose copy belongs to no layer; its names hold no {layer}."""
 
@@ -123,8 +124,9 @@ class SyncPlan:
     engines: EngineLayout
     placement: Placement
     dtype: str
-    """Torch's name without the prefix; the same on both sides."""
+    """Torch's name without the prefix; the same on both sides. Of all parameters but those of `dtypes`."""
     item_bytes: int
+    """Of `dtype`."""
     trainer_shapes: dict[str, Shape]
     """Shape of each trainer parameter of `copies`, the same on all ranks; to be checked against the living ones."""
     engine_shapes: dict[str, Shape]
@@ -132,6 +134,8 @@ class SyncPlan:
     copies: tuple[Copy, ...]
     flows: tuple[Flow, ...]
     """Those of tensors of the first stage below the layers, of each stage's layers, of the last stage's above them."""
+    dtypes: dict[str, str] = field(default_factory=dict[str, str])
+    """Parameters of either side with another number format, as in the shapes: FP8 matrices and their scales."""
 
     def into(self, engine: int, engine_rank: int) -> Iterator[Transfer]:
         """All transfers into one engine rank, in the order of the plan. To be listed once and kept."""
@@ -153,9 +157,13 @@ class SyncPlan:
                         steps.setdefault((step, run), []).append(flow)
         return self._in_order(steps)
 
+    def dtype_of(self, copy: Copy) -> str:
+        """The number format of a copy's parameters, on both sides."""
+        return self.dtypes.get(copy.parameter, self.dtype)
+
     def num_bytes(self, copy: Copy) -> int:
         """Bytes of a copy in one layer."""
-        return copy.num_elements * self.item_bytes
+        return copy.num_elements * ITEM_BYTES[self.dtype_of(copy)]
 
     def _in_order(self, steps: _Steps) -> Iterator[Transfer]:
         for step, run in sorted(steps):

@@ -11,7 +11,7 @@ from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.sync.placement import Placement
 from clipo_megatron.sync.plan import Copy, EngineLayout, Flow, Shape, SyncPlan
 
-_FORMAT = "clipo sync plan 1"
+_FORMAT = "clipo sync plan 2"
 _FLOW = ("copy", "layers", "engine", "engine_rank", "sources")
 
 
@@ -26,6 +26,7 @@ def to_json(plan: SyncPlan) -> str:
         "placement": asdict(plan.placement),
         "dtype": plan.dtype,
         "item_bytes": plan.item_bytes,
+        "dtypes": plan.dtypes,
         "trainer_shapes": plan.trainer_shapes,
         "engine_shapes": plan.engine_shapes,
         "layers": runs,
@@ -53,6 +54,7 @@ def from_json(text: str) -> SyncPlan:
             placement=Placement(**_tuples(body["placement"])),
             dtype=body["dtype"],
             item_bytes=body["item_bytes"],
+            dtypes=dict(body["dtypes"]),
             trainer_shapes=_shapes(body["trainer_shapes"]),
             engine_shapes=_shapes(body["engine_shapes"]),
             copies=tuple(Copy(**_tuples(copy)) for copy in body["copies"]),

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.sync.placement import Placement
-from clipo_megatron.sync.plan import NO_LAYER, Copy, EngineLayout, Flow, Shape, SyncPlan
+from clipo_megatron.sync.plan import ITEM_BYTES, NO_LAYER, Copy, EngineLayout, Flow, Shape, SyncPlan
 from clipo_megatron.sync.strided import cut, join, overlap
 from clipo_megatron.weights.architecture import Architecture
 from clipo_megatron.weights.engine_parameters import engine_parameters
+from clipo_megatron.weights.fp8_parameters import FP8_DTYPE, SCALE_DTYPE, engine_scales, is_quantized, trainer_scales
 from clipo_megatron.weights.holdings import HeldParameter, Holding, is_bottom, is_top, trainer_parameters
 from clipo_megatron.weights.names import layer_numbers, padded_vocab_size
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = ("float32", "bfloat16", "float16")
+Fp8 = Literal["none", "block", "tensor"]
+"""What engines hold in FP8: nothing, or the matrices of the layers with a scale a block or a matrix."""
 _CUT_ELEMENTS = 2 << 20
 
 _Given = dict[str, list[tuple[Holding, tuple[int, ...]]]]
@@ -58,6 +61,7 @@ def plan_sync(
     placement: Placement,
     *,
     dtype: str,
+    fp8: Fp8 = "none",
     cut_elements: int = _CUT_ELEMENTS,
 ) -> SyncPlan:
     """Plan the copies from a trainer's parameters into those of all engines.
@@ -71,17 +75,23 @@ def plan_sync(
         engines: layout of the engines.
         placement: GPUs of both.
         dtype: of the parameters on both sides: "float32", "bfloat16" or "float16".
+        fp8: of FP8 engines, the scales: the trainer gives FP8 copies of its matrices and their scales, see sync/fp8.py.
         cut_elements: size below which a tensor of no layer is not cut in parts, and least size of a part.
 
     Raises:
-        ConfigError: the model can't be split so, or the placement is one of other layouts.
+        ConfigError: the model can't be split so, blocks of FP8 engines are not blocks of Hugging Face tensors, or the
+            placement is one of other layouts.
     """
     _check(trainer, engines, placement, dtype)
-    given, trainer_shapes = _given(arch, trainer)
+    given, trainer_shapes, dtypes = _given(arch, trainer, fp8)
     routes: list[_Route] = []
     engine_shapes: dict[str, Shape] = {}
     for rank in range(engines.tp):
         held = engine_parameters(arch, tp=engines.tp, tp_rank=rank, expert_parallel=engines.expert_parallel)
+        if fp8 != "none":
+            scales = engine_scales(held, arch, fp8)
+            dtypes |= _fp8_dtypes(held, scales)
+            held += scales
         routes += [route for parameter in held for route in _routes(parameter, arch, given, rank)]
         engine_shapes |= {parameter.names[0]: parameter.shape for parameter in held}
     copies: dict[Copy, int] = {}
@@ -99,6 +109,7 @@ def plan_sync(
         engine_shapes=engine_shapes,
         copies=tuple(copies),
         flows=tuple(flows),
+        dtypes=dtypes,
     )
 
 
@@ -111,14 +122,15 @@ def _check(trainer: ParallelLayout, engines: EngineLayout, placement: Placement,
         )
         if len(gpus) != ranks
     ]
-    if dtype not in ITEM_BYTES:
-        problems.append(f"dtype = {dtype}: must be one of {', '.join(ITEM_BYTES)}")
+    if dtype not in DTYPES:
+        problems.append(f"dtype = {dtype}: must be one of {', '.join(DTYPES)}")
     if problems:
         raise ConfigError(problems)
 
 
-def _given(arch: Architecture, trainer: ParallelLayout) -> tuple[_Given, dict[str, Shape]]:
-    """What the places of a stage hold, and the shapes of all trainer parameters."""
+def _given(arch: Architecture, trainer: ParallelLayout, fp8: Fp8) -> tuple[_Given, dict[str, Shape], dict[str, str]]:
+    """What the places of a stage hold; the shapes of all trainer parameters; the number formats of some."""
+    dtypes: dict[str, str] = {}
     padded_vocab = padded_vocab_size(arch.vocab_size, trainer.tp)
     places: dict[tuple[int, int, int], list[HeldParameter]] = {}
     givers: dict[Holding, list[int]] = {}
@@ -135,6 +147,10 @@ def _given(arch: Architecture, trainer: ParallelLayout) -> tuple[_Given, dict[st
                 etp=trainer.etp,
                 etp_rank=etp_rank,
             )
+            if fp8 != "none":
+                scales = trainer_scales(places[key], arch, fp8)
+                dtypes |= _fp8_dtypes(places[key], scales)
+                places[key] += scales
         for parameter in places[key]:
             for holding in parameter.holdings:
                 givers.setdefault(holding, []).append(place)
@@ -142,7 +158,13 @@ def _given(arch: Architecture, trainer: ParallelLayout) -> tuple[_Given, dict[st
     for holding, ranks in givers.items():
         given.setdefault(holding.tensor, []).append((holding, tuple(ranks)))
     held = (parameter for parameters in places.values() for parameter in parameters)
-    return given, {name: parameter.shape for parameter in held for name in parameter.names}
+    return given, {name: parameter.shape for parameter in held for name in parameter.names}, dtypes
+
+
+def _fp8_dtypes(held: Sequence[HeldParameter], scales: Sequence[HeldParameter]) -> dict[str, str]:
+    quantized = (parameter for parameter in held if is_quantized(parameter.rule))
+    found = {name: FP8_DTYPE for parameter in quantized for name in parameter.names}
+    return found | {name: SCALE_DTYPE for parameter in scales for name in parameter.names}
 
 
 def _routes(parameter: HeldParameter, arch: Architecture, given: _Given, engine_rank: int) -> Iterator[_Route]:

@@ -14,6 +14,9 @@ Manifest = Mapping[str, tuple[int, ...]]
 class SyncState:
     """Versions of one engine: serving -> receiving -> serving, or stale when an update did not come to its end.
 
+    An update is sent, in buckets (`begin`, `receive`, `commit`), or pulled by the engine's workers (`begin_pull`, `pulled`,
+    `commit_pull`); what belongs to the other way is refused.
+
     Version None is the model folder that the engine was started from. A stale engine serves nothing until a whole
     update has been committed. Whatever is refused during an update leaves the engine stale.
     """
@@ -23,7 +26,7 @@ class SyncState:
         self._held: int | None = None
         self._is_stale = False
         self._newest: int | None = None
-        self._incoming: _Incoming | None = None
+        self._incoming: _Sent | _Pulled | None = None
 
     @property
     def version(self) -> int | None:
@@ -55,20 +58,55 @@ class SyncState:
             raise EngineError(f"asked for {_name(version)}, but the engine holds {_name(held)}")
 
     def begin(self, version: int, manifest: Manifest) -> None:
-        """Start receiving `version`; from here on nothing is served.
+        """Start receiving `version` in buckets; from here on nothing is served.
 
         Raises:
             EngineError: another update is under way, or the version is not newer than the newest one committed.
         """
-        if self._incoming is not None:
-            raise EngineError(
-                f"asked to receive version {version}, but version {self._incoming.version} is under way: "
-                "commit or abort it first"
-            )
-        if self._newest is not None and version <= self._newest:
-            raise EngineError(f"asked to receive version {version}, but version {self._newest} has been held: too late")
-        self._incoming = _Incoming(version, manifest)
-        self._is_stale = True
+        self._begin(_Sent(version, manifest))
+
+    def begin_pull(self, version: int) -> None:
+        """Start pulling `version`; from here on nothing is served.
+
+        Raises:
+            EngineError: as `begin`.
+        """
+        self._begin(_Pulled(version))
+
+    def require_pull(self, version: int) -> None:
+        """Pass if the pull of `version` is under way.
+
+        Raises:
+            EngineError: no pull is, or one of another version.
+        """
+        self._pull_under_way(version)
+
+    def pulled(self, version: int) -> None:
+        """Note that all workers have copied all that they hold.
+
+        Raises:
+            EngineError: as `require_pull`.
+        """
+        self._pull_under_way(version).is_whole = True
+
+    def check_pulled(self, version: int) -> None:
+        """Pass if all workers have copied all that they hold of `version`.
+
+        Raises:
+            EngineError: no pull under way, another version, or it is not whole.
+        """
+        if not self._pull_under_way(version).is_whole:
+            self.abort()
+            raise EngineError(f"version {version} was not pulled to its end: the update is aborted")
+
+    def commit_pull(self, version: int) -> None:
+        """Serve `version` from here on.
+
+        Raises:
+            EngineError: as `check_pulled`.
+        """
+        self.check_pulled(version)
+        self._serve(version)
 
     def receive(self, bucket: WeightBucket) -> None:
         """Note one bucket.
@@ -77,7 +115,7 @@ class SyncState:
             EngineError: no update under way, another version, an index out of order, a tensor that is unknown, has
                 another shape or came before.
         """
-        incoming = self._under_way(bucket.version)
+        incoming = self._sending_under_way(bucket.version)
         try:
             incoming.add(bucket)
         except EngineError:
@@ -90,7 +128,7 @@ class SyncState:
         Raises:
             EngineError: no update under way, another version, tensors missing or not as many as the sender says.
         """
-        incoming = self._under_way(version)
+        incoming = self._sending_under_way(version)
         try:
             incoming.check_complete(expected_tensors)
         except EngineError:
@@ -104,14 +142,43 @@ class SyncState:
             EngineError: as `check_complete`.
         """
         self.check_complete(version, expected_tensors)
-        self._held, self._newest = version, version
-        self._incoming, self._is_stale = None, False
+        self._serve(version)
 
     def abort(self) -> None:
         """Give up the update under way; the engine stays stale. Without one nothing changes."""
         self._incoming = None
 
-    def _under_way(self, version: int) -> _Incoming:
+    def _begin(self, incoming: _Sent | _Pulled) -> None:
+        version = incoming.version
+        if self._incoming is not None:
+            raise EngineError(
+                f"asked to receive version {version}, but version {self._incoming.version} is under way: "
+                "commit or abort it first"
+            )
+        if self._newest is not None and version <= self._newest:
+            raise EngineError(f"asked to receive version {version}, but version {self._newest} has been held: too late")
+        self._incoming = incoming
+        self._is_stale = True
+
+    def _serve(self, version: int) -> None:
+        self._held, self._newest = version, version
+        self._incoming, self._is_stale = None, False
+
+    def _sending_under_way(self, version: int) -> _Sent:
+        incoming = self._under_way(version)
+        if isinstance(incoming, _Sent):
+            return incoming
+        self.abort()
+        raise EngineError(f"got a bucket of version {version}, which is being pulled: update aborted")
+
+    def _pull_under_way(self, version: int) -> _Pulled:
+        incoming = self._under_way(version)
+        if isinstance(incoming, _Pulled):
+            return incoming
+        self.abort()
+        raise EngineError(f"asked to pull version {version}, which is being sent in buckets: update aborted")
+
+    def _under_way(self, version: int) -> _Sent | _Pulled:
         if self._incoming is None:
             raise EngineError(f"got a part of version {version}, but no update is under way: begin it first")
         if self._incoming.version != version:
@@ -123,8 +190,16 @@ class SyncState:
         return self._incoming
 
 
-class _Incoming:
-    """What has come of one update."""
+class _Pulled:
+    """How far a pull has come."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.is_whole = False
+
+
+class _Sent:
+    """What has come of one update in buckets."""
 
     def __init__(self, version: int, manifest: Manifest) -> None:
         self.version = version

@@ -16,7 +16,7 @@ from conftest import run_clipo, start_clipo
 from clipo_megatron.controller.metrics import read_metrics
 
 STEPS = 3
-TIMING = ("seconds/", "checkpoint/", "rollout/tokens_per_s")
+TIMING = ("seconds/", "checkpoint/", "rollout/tokens_per_s", "sync/floor_seconds")
 
 
 def _numbers(run: Path) -> list[dict[str, float]]:

@@ -19,7 +19,7 @@ from clipo_megatron.controller.metrics import read_metrics
 
 STEPS, PROMPTS, GROUP = 3, 8, 4
 NUM_EXPERTS, TOP_K = 8, 2
-TIMING = ("seconds/", "checkpoint/", "rollout/tokens_per_s")
+TIMING = ("seconds/", "checkpoint/", "rollout/tokens_per_s", "sync/floor_seconds")
 WORDS = ("so", "then", "hence", "thus")
 
 

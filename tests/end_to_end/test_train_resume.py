@@ -13,7 +13,7 @@ from clipo_megatron.checkpoint.manifest import find_damage, list_checkpoints, re
 from clipo_megatron.controller.metrics import read_metrics
 
 STEPS, SAVED = 6, 3
-TIMING = ("seconds/", "checkpoint/", "rollout/tokens_per_s")
+TIMING = ("seconds/", "checkpoint/", "rollout/tokens_per_s", "sync/floor_seconds")
 OF_THE_LAYOUT = ("policy/padding_share", "policy/imbalance")
 
 

@@ -25,12 +25,17 @@ BUCKET_BYTES = 40_000
 
 
 def tiny_settings(
-    folder: Path, *, tp: int = 1, return_routed_experts: bool = False, kv_cache_mib: int = 64
+    folder: Path,
+    *,
+    tp: int = 1,
+    dtype: str = "float32",
+    return_routed_experts: bool = False,
+    kv_cache_mib: int = 64,
 ) -> EngineSettings:
     """Settings that fit a tiny model."""
     return EngineSettings(
         model_path=str(folder),
-        dtype="float32",
+        dtype=dtype,
         device="cpu",
         tp=tp,
         max_model_len=MAX_MODEL_LEN,
@@ -46,10 +51,17 @@ def tiny_settings(
 
 @contextmanager
 def tiny_engine(
-    folder: Path, *, tp: int = 1, return_routed_experts: bool = False, kv_cache_mib: int = 64
+    folder: Path,
+    *,
+    tp: int = 1,
+    dtype: str = "float32",
+    return_routed_experts: bool = False,
+    kv_cache_mib: int = 64,
 ) -> Iterator[RolloutEngine]:
     """An engine on a tiny model folder, in this process; closed at the end."""
-    settings = tiny_settings(folder, tp=tp, return_routed_experts=return_routed_experts, kv_cache_mib=kv_cache_mib)
+    settings = tiny_settings(
+        folder, tp=tp, dtype=dtype, return_routed_experts=return_routed_experts, kv_cache_mib=kv_cache_mib
+    )
     with pytest.MonkeyPatch.context() as patch:
         for name, value in engine_environment("cpu", tp).items():
             patch.setenv(name, value)

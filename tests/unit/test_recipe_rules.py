@@ -35,6 +35,22 @@ def recipe_of(values: Values) -> Recipe:
 
 
 CASES: list[tuple[Values, str, Values]] = [
+    # sync
+    (
+        {"sync.transport": "stream", "sync.verify": "always"},
+        "sync.verify = always: has an effect only on planned copies, found sync.transport = stream",
+        {"sync.verify": "first"},
+    ),
+    (
+        {"sync.transport": "shm", "run.device": "cuda"},
+        "sync.transport = shm: not on run.device = cuda; set it to ipc",
+        {"sync.transport": "ipc"},
+    ),
+    (
+        {"sync.transport": "ipc", "run.device": "cpu"},
+        "sync.transport = ipc: not on run.device = cpu; set it to shm",
+        {"sync.transport": "auto"},
+    ),
     # ranks
     (
         {"layout.world_size": 6, "layout.cp": 4},

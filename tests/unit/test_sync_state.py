@@ -155,3 +155,68 @@ def test_a_commit_of_another_version_is_refused() -> None:
     state.begin(1, MANIFEST)
     with pytest.raises(EngineError, match="part of version 2 during the update to version 1"):
         state.commit(2, 3)
+
+
+def _pull(state: SyncState, version: int) -> None:
+    state.begin_pull(version)
+    state.require_pull(version)
+    state.pulled(version)
+    state.commit_pull(version)
+
+
+def test_pulled_and_sent_versions_take_turns() -> None:
+    state = SyncState()
+    _pull(state, 1)
+    state.ready(1)
+    _update(state, 2)
+    state.ready(2)
+    _pull(state, 4)
+    state.ready(4)
+    with pytest.raises(EngineError, match="receive version 4, but version 4 has been held"):
+        state.begin_pull(4)
+
+
+def test_nothing_is_served_during_a_pull_nor_after_its_abort() -> None:
+    state = SyncState()
+    _pull(state, 1)
+    state.begin_pull(2)
+    for version in (None, 1, 2):
+        with pytest.raises(EngineError, match="receiving version 2"):
+            state.ready(version)
+    state.pulled(2)
+    state.abort()
+    for version in (None, 1, 2):
+        with pytest.raises(EngineError, match="stale"):
+            state.ready(version)
+
+
+def test_a_pull_that_has_not_come_to_its_end_is_never_committed() -> None:
+    state = SyncState()
+    state.begin_pull(1)
+    with pytest.raises(EngineError, match="version 1 was not pulled to its end"):
+        state.commit_pull(1)
+    with pytest.raises(EngineError, match="no update is under way"):
+        state.commit_pull(1)
+
+
+@pytest.mark.parametrize("late", ["require_pull", "pulled", "check_pulled", "commit_pull"])
+def test_late_messages_of_another_pull_are_refused_and_leave_the_engine_stale(late: str) -> None:
+    state = SyncState()
+    _pull(state, 1)
+    state.begin_pull(3)
+    with pytest.raises(EngineError, match="part of version 2 during the update to version 3"):
+        getattr(state, late)(2)
+    with pytest.raises(EngineError, match="stale"):
+        state.ready(1)
+
+
+def test_the_two_ways_of_an_update_are_not_mixed() -> None:
+    state = SyncState()
+    state.begin_pull(1)
+    with pytest.raises(EngineError, match="a bucket of version 1, which is being pulled"):
+        state.receive(_buckets(1)[0])
+    state.begin(1, MANIFEST)
+    with pytest.raises(EngineError, match="pull version 1, which is being sent in buckets"):
+        state.pulled(1)
+    with pytest.raises(EngineError, match="stale"):
+        state.ready(None)

@@ -60,14 +60,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_vllm_alone_samples_from_wrong_weights_after_a_reload(case: Case) -> None:
-    case.engine._running().collective_rpc("reload_weights", kwargs={"weights_path": str(case.changed)})
+    case.engine._workers.require().collective_rpc("reload_weights", kwargs={"weights_path": str(case.changed)})
     assert case.difference() > 0.05
 
 
 def test_repacking_makes_the_reload_right(case: Case) -> None:
     from clipo_megatron.rollout.cpu_reload import repack_after_reload
 
-    running = case.engine._running()
+    running = case.engine._workers.require()
     running.collective_rpc("reload_weights", kwargs={"weights_path": str(case.changed)})
     repack_after_reload(running.collective_rpc("get_model")[0])
     assert case.difference() < 1e-4

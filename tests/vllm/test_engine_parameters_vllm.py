@@ -59,7 +59,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         shards = {rank: trainer_shards(reader, arch, layout, rank) for rank in range(layout.world_size)}
     with tiny_engine(folder, tp=tp, kv_cache_mib=16) as engine:
         arguments = (str(numbered / "model.safetensors"), UNWRITTEN)
-        found = engine._running().collective_rpc(load_in_loading_format, args=arguments)
+        found = engine._workers.require().collective_rpc(load_in_loading_format, args=arguments)
     apart = place_apart(trainer_ranks=layout.world_size, engine_ranks=tp, gpus_per_node=8)
     plan = plan_sync(arch, layout, EngineLayout(engines=1, tp=tp), apart, dtype="float32")
     return Case(arch, plan, shards, found)

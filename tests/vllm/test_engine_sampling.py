@@ -168,7 +168,7 @@ def test_a_second_engine_in_the_process_is_refused(engine: RolloutEngine, folder
 def test_close_frees_the_model_and_ends_the_engine(
     engine: RolloutEngine,
 ) -> None:  # last: it closes the module's engine
-    (model,) = engine._running().collective_rpc("get_model")
+    (model,) = engine._workers.require().collective_rpc("get_model")
     model = weakref.ref(model)
     engine.close()
     assert model() is None

@@ -151,7 +151,7 @@ def test_another_vllm_release_is_refused_on_a_cpu(pair: Pair, monkeypatch: pytes
 
     monkeypatch.setattr(vllm, "__version__", "0.33.1")
     with pytest.raises(EngineError, match=r"vLLM 0\.33\.1 on a CPU: routed experts can be recorded in 0\.32 only"):
-        pair.engine._on_workers("clipo_record_routes")
+        pair.engine._workers.call("clipo_record_routes")
 
 
 @pytest.mark.parametrize("fed", [None, np.zeros((3, 2, 2), np.uint8), np.zeros((5, 2), np.uint8)])

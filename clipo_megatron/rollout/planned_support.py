@@ -1,0 +1,42 @@
+"""Which engines may be filled by a plan: the releases, families and number formats that the tests compare bit by bit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+TESTED_RELEASES = ("0.32",)
+TESTED_FAMILIES = ("qwen2", "qwen3", "llama", "qwen3_moe", "mixtral")
+TESTED_DTYPES = ("float32", "bfloat16")
+TESTED_DEVICES = ("cpu",)
+
+
+def planned_sync_problem(
+    *,
+    release: str,
+    family: str,
+    dtype: str,
+    device: str,
+    quantization: Any,  # noqa: ANN401 (vLLM's)
+    is_asked_for: bool,
+) -> str:
+    """Why a plan must not fill such an engine; empty if it may.
+
+    Args:
+        release: of vLLM.
+        family: of the model, as in weights/families.py.
+        dtype: of the parameters.
+        device: "cpu" or "cuda".
+        quantization: vLLM's method, None for none.
+        is_asked_for: the transport is the user's own choice: a device that was not tested is none of the reasons then.
+    """
+    found = re.match(r"\d+\.\d+", release)
+    for what, value, tested in (
+        ("vLLM", found[0] if found else release, TESTED_RELEASES),
+        ("model family", family, TESTED_FAMILIES),
+        ("dtype", dtype, TESTED_DTYPES),
+        ("device", device, (device,) if is_asked_for else TESTED_DEVICES),
+    ):
+        if value not in tested:
+            return f"{what} {value}: planned syncs are tested with {', '.join(tested)} only"
+    return "" if quantization is None else f"quantization {quantization}: planned syncs are tested without only"

@@ -1,0 +1,278 @@
+"""A planned sync between nodes: trainer ranks send slices straight to the engine ranks that need them, in buckets.
+
+Over a process group of their own, which no other library of either process sees: gloo on CPUs, nccl on GPUs.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import deque
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clipo_megatron.errors import CheckError, EngineError
+from clipo_megatron.sync.link_buckets import BUFFERS, LinkBucket, buckets_into, buckets_out_of, checksums_with
+from clipo_megatron.sync.plan import Copy, SyncPlan, Transfer
+from clipo_megatron.sync.slices import check_parameter, dtype_of, filled, source_views, target_views, zero_padding
+
+
+class Work(Protocol):
+    """A message on its way."""
+
+    def wait(self) -> object:
+        """Until its buffer can be used; on a GPU, by what comes next in the current stream."""
+        ...
+
+
+class Group(Protocol):
+    """What is used of a c10d process group; see `join`."""
+
+    def send(self, tensors: list[Tensor], rank: int, tag: int, /) -> Work:
+        """Start sending."""
+        ...
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int, /) -> Work:
+        """Start receiving."""
+        ...
+
+
+def join(
+    store: dist.Store,  # pyright: ignore[reportPrivateImportUsage]
+    *,
+    rank: int,
+    size: int,
+    device: Literal["cpu", "cuda"],
+    timeout_s: float,
+) -> Group:
+    """This process's end of a group of all trainer and engine ranks; other groups of the process are left alone.
+
+    Args:
+        store: the same one for all, used by nothing else.
+        rank: of the trainer; or trainer ranks + rank over all engines.
+        size: ranks of trainer and engines.
+        device: "cpu" (gloo) or "cuda" (nccl, on the current GPU).
+        timeout_s: after which a message that did not come is an error.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if device == "cpu":
+        return dist.ProcessGroupGloo(store, rank, size, timeout)  # pyright: ignore
+    options = dist.ProcessGroupNCCL.Options()  # pyright: ignore
+    options._timeout = timeout  # pyright: ignore
+    return dist.ProcessGroupNCCL(store, rank, size, options)  # pyright: ignore
+
+
+class PlannedSends:
+    """One trainer rank's end, laid out once. All ranks of the plan must send and receive, with the same arguments."""
+
+    def __init__(
+        self, plan: SyncPlan, rank: int, parameters: Mapping[str, Tensor], group: Group, *, bucket_bytes: int
+    ) -> None:
+        """Lay out everything that this rank sends; takes two buffers of the size of the largest bucket.
+
+        Args:
+            plan: of the whole sync.
+            rank: of the trainer.
+            parameters: by the plan's names, not empty; read at every `send`, which must not run beside a change of them.
+            group: of `join`.
+            bucket_bytes: size that a bucket of several slices never exceeds; the same on all ranks.
+
+        Raises:
+            EngineError: a parameter is missing or is not what the plan says.
+        """
+        device = next(iter(parameters.values())).device
+
+        def views(transfer: Transfer) -> tuple[Tensor, ...]:
+            wholes: list[Tensor] = []
+            for template, name in zip(transfer.copy.source_parameters, transfer.source_parameters, strict=True):
+                if name not in parameters:
+                    raise EngineError(f"trainer rank {rank} has no parameter {name}, which the plan has it send")
+                shape = plan.trainer_shapes[template]
+                check_parameter(f"trainer rank {rank}: {name}", parameters[name], shape, dtype_of(plan, template))
+                wholes.append(parameters[name])
+            return source_views(transfer.copy, wholes)
+
+        buckets = buckets_out_of(plan, rank, views, bucket_bytes=bucket_bytes, device=device)
+        self._links = _Links(group, buckets, device, first_rank=plan.trainer.world_size, peer="engine rank")
+
+    @torch.no_grad()
+    def send(self, version: int, *, verify: bool) -> None:
+        """Send all slices; returns when their buffers are free again.
+
+        Args:
+            version: of the weights; receivers refuse another one than they expect.
+            verify: send the checksum of each slice afterwards.
+
+        Raises:
+            EngineError: an engine rank did not take its slices in time; the group is of no use any more.
+        """
+        links = self._links
+        links.wait_all([(peer, links.send(links.number(version), peer)) for peer in links.peers])
+        under_way: deque[tuple[int, Work]] = deque()
+        for bucket in links.buckets:
+            if len(under_way) == BUFFERS:
+                links.wait(*under_way.popleft())
+            for part in bucket.parts:
+                for packed, view in zip(part.packed, part.views, strict=True):
+                    packed.copy_(view)
+            under_way.append((bucket.peer, links.send(bucket.content, bucket.peer)))
+        links.wait_all(list(under_way))
+        if verify:
+            links.wait_all([(peer, links.send(links.checksums(peer), peer)) for peer in links.peers])
+
+
+class PlannedReceives:
+    """One engine rank's end, laid out once."""
+
+    def __init__(
+        self,
+        plan: SyncPlan,
+        engine: int,
+        engine_rank: int,
+        targets: Mapping[str, Tensor],
+        group: Group,
+        *,
+        bucket_bytes: int,
+    ) -> None:
+        """Lay out everything that this rank receives; the vocabulary's padding is set to zero here.
+
+        Args:
+            plan: of the whole sync.
+            engine: number of the engine.
+            engine_rank: rank in the engine.
+            targets: all parameters of the rank, by the plan's names, in loading format; written by `receive`.
+            group: of `join`.
+            bucket_bytes: as the senders have it.
+
+        Raises:
+            EngineError: a parameter is missing or is not what the plan says.
+        """
+        self._where = f"engine {engine} rank {engine_rank}"
+        copies = _checked_targets(plan, engine, engine_rank, targets)
+        device = next(iter(targets.values())).device
+        for name, target in targets.items():
+            zero_padding(target, copies[name])
+
+        def views(transfer: Transfer) -> tuple[Tensor, ...]:
+            return target_views(transfer.copy, targets[transfer.parameter])
+
+        buckets = buckets_into(plan, engine, engine_rank, views, bucket_bytes=bucket_bytes, device=device)
+        self._links = _Links(group, buckets, device, first_rank=0, peer="trainer rank")
+
+    @torch.no_grad()
+    def receive(self, version: int, *, verify: bool) -> None:
+        """Receive all slices. After an error the parameters are of no use until a whole sync has come.
+
+        Args:
+            version: that all senders must send.
+            verify: as the senders have it: compare the checksum of each slice.
+
+        Raises:
+            EngineError: a trainer rank sends another version, or nothing in time; the group is of no use any more.
+            CheckError: a slice differs from the trainer's.
+        """
+        links = self._links
+        heads = {peer: links.number(-1) for peer in links.peers}
+        links.wait_all([(peer, links.receive(head, peer)) for peer, head in heads.items()])
+        for peer, head in heads.items():
+            if int(head.item()) != version:
+                raise EngineError(
+                    f"{self._where}: trainer rank {peer} sends version {int(head.item())}, expected {version}: start the "
+                    "sync again, on all ranks"
+                )
+        under_way: deque[tuple[LinkBucket, Work]] = deque()
+        for bucket in links.buckets:
+            if len(under_way) == BUFFERS:
+                self._take(*under_way.popleft())
+            under_way.append((bucket, links.receive(bucket.content, bucket.peer)))
+        for bucket, work in under_way:
+            self._take(bucket, work)
+        if verify:
+            self._verify()
+
+    def _take(self, bucket: LinkBucket, work: Work) -> None:
+        self._links.wait(bucket.peer, work)
+        for part in bucket.parts:
+            for packed, view in zip(part.packed, part.views, strict=True):
+                view.copy_(packed)
+
+    def _verify(self) -> None:
+        links = self._links
+        found = {peer: links.checksums(peer) for peer in links.peers}
+        wanted = {peer: torch.zeros_like(of_link) for peer, of_link in found.items()}
+        links.wait_all([(peer, links.receive(of_link, peer)) for peer, of_link in wanted.items()])
+        for peer in links.peers:
+            wrong = int((found[peer] != wanted[peer]).sum().item())
+            if wrong:
+                raise CheckError(
+                    f"{self._where}: {wrong} of {len(found[peer])} slices differ from those of trainer rank {peer} after "
+                    "the transfer: the update must not be served"
+                )
+
+
+class _Links:
+    """One rank's messages with its peers. An error names the peer."""
+
+    def __init__(
+        self, group: Group, buckets: list[LinkBucket], device: torch.device, *, first_rank: int, peer: str
+    ) -> None:
+        self.buckets = buckets
+        self.peers = sorted({bucket.peer for bucket in buckets})
+        self._group, self._device, self._first_rank, self._peer = group, device, first_rank, peer
+
+    def send(self, content: Tensor, peer: int) -> Work:
+        try:
+            return self._group.send([content], self._first_rank + peer, 0)
+        except RuntimeError as error:
+            raise self._lost(peer, error) from error
+
+    def receive(self, content: Tensor, peer: int) -> Work:
+        try:
+            return self._group.recv([content], self._first_rank + peer, 0)
+        except RuntimeError as error:
+            raise self._lost(peer, error) from error
+
+    def wait(self, peer: int, work: Work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._lost(peer, error) from error
+
+    def wait_all(self, works: list[tuple[int, Work]]) -> None:
+        for peer, work in works:
+            self.wait(peer, work)
+
+    def number(self, value: int) -> Tensor:
+        return torch.tensor([value], dtype=torch.int64, device=self._device)
+
+    def checksums(self, peer: int) -> Tensor:
+        return checksums_with(self.buckets, peer, self._device)
+
+    def _lost(self, peer: int, error: RuntimeError) -> EngineError:
+        reason = str(error).splitlines()[0]
+        return EngineError(
+            f"{self._peer} {peer} is late or gone ({reason}): the sync is given up; restart it with a new group"
+        )
+
+
+def _checked_targets(
+    plan: SyncPlan, engine: int, engine_rank: int, targets: Mapping[str, Tensor]
+) -> dict[str, list[Copy]]:
+    """The copies into each parameter."""
+    layers = sorted({layer for flow in plan.flows for layer in flow.layers})
+    copies: dict[str, list[Copy]] = {}
+    for template, shape in plan.engine_shapes.items():
+        for name in filled(template, layers):
+            if name not in targets:
+                raise EngineError(f"engine {engine} rank {engine_rank} has no parameter {name}, which the plan fills")
+            check_parameter(f"engine parameter {name}", targets[name], shape, dtype_of(plan, template))
+            copies[name] = []
+    for name in targets:
+        if name not in copies:
+            raise EngineError(f"{name}: the plan has no such engine parameter among its {len(copies)}")
+    for transfer in plan.into(engine, engine_rank):
+        copies[transfer.parameter].append(transfer.copy)
+    return copies
