@@ -6,13 +6,9 @@ where it is, and IPC handles are given out. Nothing is left behind when a proces
 
 from __future__ import annotations
 
-import fcntl
 import json
-import mmap
 import os
-import resource
 import socket
-import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +19,9 @@ import torch
 from torch import Tensor
 
 from clipo_megatron.errors import EngineError
+from clipo_megatron.sync.cpu_segments import identity, map_segment, move_to_segment, room_kept
 from clipo_megatron.sync.cuda_ipc import OpenedSegment, segment_of
 from clipo_megatron.sync.version_stamp import StampReader, VersionStamp
-
-SHARED_FOLDER = "/dev/shm"
-"""Where torch makes its segments; their names are gone before they hold anything."""
-_SPARE_DESCRIPTORS = 64
 
 
 class SharedMemory(NamedTuple):
@@ -168,7 +161,7 @@ class OpenedParameters:
 
     def _open(self, memory: SharedMemory, device: str) -> Tensor:
         if device == "cpu":
-            return _mapped(memory, self.owner)
+            return map_segment(memory.where, memory.num_bytes, memory.identity, self.owner)
         self._segments.append(OpenedSegment(bytes.fromhex(memory.where), memory.num_bytes))
         return self._segments[-1].content
 
@@ -239,35 +232,16 @@ def reading(opened: Iterable[OpenedParameters], version: int) -> Generator[None]
             )
 
 
-def bytes_to_share(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of shared memory that `share` takes for tensors on a CPU: their whole storages."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors.values()}
-    return sum(storage.nbytes() for storage in storages.values() if not storage.is_shared())
-
-
-def shared_room() -> int:
-    """Bytes that are free for shared memory on this node."""
-    found = os.statvfs(SHARED_FOLDER)
-    return found.f_bavail * found.f_frsize
-
-
 _Place = tuple[str | int, SharedMemory, int]
 """What tells one memory from another, the memory, the tensor's offset in bytes."""
 
 
 def _shared_on_cpu(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, _Place]]:
-    with _room_kept(tensors):
+    with room_kept(tensors):
         for name, tensor in tensors.items():
-            descriptor, num_bytes = _share_storage(tensor)
-            memory = SharedMemory(f"/proc/{os.getpid()}/fd/{descriptor}", num_bytes, _identity(descriptor))
+            descriptor, num_bytes = move_to_segment(tensor)
+            memory = SharedMemory(f"/proc/{os.getpid()}/fd/{descriptor}", num_bytes, identity(descriptor))
             yield name, (descriptor, memory, int(tensor.storage_offset()) * tensor.element_size())
-
-
-def _share_storage(tensor: Tensor) -> tuple[int, int]:
-    """Descriptor and bytes of its segment, which torch keeps open as long as the storage lives."""
-    # What torch's own sharing between processes calls; a storage that is shared already stays as it is.
-    descriptor, num_bytes = tensor.untyped_storage()._share_fd_cpu_()  # pyright: ignore
-    return int(descriptor), int(num_bytes)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _shared_on_gpu(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, _Place]]:
@@ -275,60 +249,6 @@ def _shared_on_gpu(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, _Place]
         segment = segment_of(tensor)
         memory = SharedMemory(segment.handle.hex(), segment.num_bytes, "")
         yield name, (segment.start, memory, tensor.data_ptr() - segment.start)
-
-
-@contextmanager
-def _room_kept(tensors: Mapping[str, Tensor]) -> Generator[None]:
-    """Checks that there is room. Ranks of a node take turns: a page that finds none ends the process without a word."""
-    _need_descriptors(len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}))
-    folder = os.open(SHARED_FOLDER, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        needed, room = bytes_to_share(tensors), shared_room()
-        if needed > room:
-            raise EngineError(
-                f"{SHARED_FOLDER} has {room / 2**20:,.1f} MiB free, sharing the weights takes {needed / 2**20:,.1f} MiB: "
-                "give it more (containers: --shm-size), or set sync.transport to stream"
-            )
-        yield
-    finally:
-        os.close(folder)
-
-
-def _need_descriptors(count: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(os.listdir("/proc/self/fd")) + count + _SPARE_DESCRIPTORS
-    if needed <= soft or soft == resource.RLIM_INFINITY:
-        return
-    if needed > hard and hard != resource.RLIM_INFINITY:
-        raise EngineError(
-            f"sharing the weights takes {count} file descriptors, this process may open {hard}: raise `ulimit -Hn` to "
-            f"{needed}, or set sync.transport to stream"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _mapped(memory: SharedMemory, owner: str) -> Tensor:
-    try:
-        descriptor = os.open(memory.where, os.O_RDONLY)
-    except OSError as error:
-        raise EngineError(f"the weights of {owner} are not shared any more: {error}; share them again") from None
-    try:
-        if _identity(descriptor) != memory.identity:
-            raise EngineError(f"the weights of {owner} are not shared any more: {memory.where} is another file by now")
-        # Populated: the first sync should not pay for the page faults.
-        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-        mapping = mmap.mmap(descriptor, memory.num_bytes, flags=flags, prot=mmap.PROT_READ)
-    finally:
-        os.close(descriptor)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(mapping, dtype=torch.uint8)
-
-
-def _identity(descriptor: int) -> str:
-    found = os.fstat(descriptor)
-    return f"{found.st_dev}:{found.st_ino}"
 
 
 def _node() -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import gc
 import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import pytest
 import torch
 
 from clipo_megatron.errors import EngineError
+from clipo_megatron.sync import cpu_segments
+from clipo_megatron.sync.cpu_segments import bytes_to_share
 from clipo_megatron.sync.shared_parameters import (
     OpenedParameters,
     SharedHandles,
-    bytes_to_share,
     open_shared,
     reading,
     share,
@@ -46,20 +48,36 @@ def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
+STARTED: list[Child] = []
+
+
+@pytest.fixture(autouse=True)
+def nobody_left() -> Iterator[None]:
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
+def _serve_alone(pipe: Connection, serve: Callable[..., None], args: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)  # a forked child has none of its parent's threads, and would wait for them
+    serve(pipe, *args)
+
+
 class Child:
     """A process that runs `serve` and is asked through a pipe."""
 
     def __init__(self, serve: Callable[..., None], *args: object, method: str = "fork") -> None:
         context = multiprocessing.get_context(method)
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, *args))
-        self._process.start()
+        self.process = context.Process(target=_serve_alone, args=(other, serve, args), daemon=True)
+        self.process.start()
         other.close()
+        STARTED.append(self)
 
     @property
     def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
+        assert self.process.pid is not None
+        return self.process.pid
 
     def ask(self, *question: object) -> Any:
         self._pipe.send(question)
@@ -70,8 +88,8 @@ class Child:
         return self._pipe.recv()
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        self._process.join()
+        self.process.kill()
+        self.process.join()
 
 
 def serve_reader(pipe: Connection, text: str) -> None:
@@ -222,6 +240,7 @@ def test_a_killed_reader_leaves_nothing_behind_and_does_not_disturb_the_owner() 
     reader = Child(serve_reader, shared.handles.to_json())
     reader.ask("bits", 0)
     reader.kill()
+    STARTED.clear()
     del reader
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == descriptors
@@ -294,14 +313,14 @@ def test_a_writer_on_the_readers_side_can_not_change_the_trainers_weights() -> N
     tensors = parameters()
     shared = share(tensors, owner=OWNER)
 
-    def write(_: Connection) -> None:
+    def write(_: Connection) -> None:  # forked: closures need no pickle
         faulthandler.disable()
         open_shared(shared.handles).tensors["first"].zero_()
 
     before = bits(tensors)
     child = Child(write)
-    child._process.join(30)
-    assert child._process.exitcode == -signal.SIGSEGV
+    child.process.join(30)
+    assert child.process.exitcode == -signal.SIGSEGV
     assert bits(tensors) == before
 
 
@@ -331,3 +350,22 @@ def test_handles_of_another_node_or_of_a_descriptor_used_again_are_refused() -> 
 def test_tensors_on_no_known_device_are_refused() -> None:
     with pytest.raises(EngineError, match=r"can't share tensors on \['cpu', 'meta'\]"):
         share({"first": torch.zeros(1), "second": torch.zeros(1, device="meta")}, owner=OWNER)
+
+
+def test_a_lock_that_another_process_holds_is_waited_for_and_then_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_segments, "_LOCK_TIMEOUT_S", 0.3)
+
+    def hold(pipe: Connection) -> None:
+        descriptor = os.open("/dev/shm", os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        pipe.send("held")
+        pipe.recv()
+
+    tensors = parameters()
+    holder = Child(hold)
+    assert holder.answer() == "held"
+    with pytest.raises(EngineError, match=r"/dev/shm is locked by another process for 0\.3 s"):
+        share(tensors, owner=OWNER)
+    assert not any(tensor.untyped_storage().is_shared() for tensor in tensors.values())
+    holder.kill()
+    share(tensors, owner=OWNER)

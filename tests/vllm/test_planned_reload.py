@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
-from support.engine_bits import Bits, bits_of_worker
+from support.engine_bits import Bits, bits_of_worker, resources_of_worker
 from support.engines import SAMPLING, random_prompts, tiny_engine, update
 from support.plans import trainer_shards
 from support.tiny_models import make_tiny_hf
@@ -26,6 +27,7 @@ from clipo_megatron.weights.architecture import Architecture, read_architecture
 from clipo_megatron.weights.hf_folder import HFReader
 
 TIMEOUT_S = 60.0
+NUM_SYNCS = 200
 VOCAB_SIZE = 520
 """No multiple of 64: the last rows of the engine's embedding are padding."""
 # Family, dtype and degrees; together all that the list of tested engines names.
@@ -133,6 +135,27 @@ def test_a_pull_gives_the_bits_that_whole_tensors_give(case: Case) -> None:
     assert case.bits() == other
     for one, two in zip(golden, other, strict=True):
         assert {name for name in one if "product" in name and one[name] == two[name]} == set()
+
+
+@pytest.mark.parametrize("case", ["qwen3, float32", "qwen3_moe, bfloat16"], indirect=True)
+def test_200_syncs_leave_memory_and_descriptors_as_they_were_and_the_right_bits(case: Case) -> None:
+    case.send(case.folders[1])
+    golden = case.bits()
+    resident: list[list[int]] = []
+    descriptors: list[list[int]] = []
+    for number in range(NUM_SYNCS):
+        case.pull(case.folders[1 + number % 2], verify=number == 0)
+        found = case.engine._workers.require().collective_rpc(resources_of_worker)
+        resident.append([of_worker for of_worker, _ in found])
+        descriptors.append([count for _, count in found])
+    settled = np.array(resident[NUM_SYNCS // 4 :], dtype=np.float64)  # [syncs, workers]
+    slopes = np.polyfit(np.arange(len(settled)), settled, 1)[0]
+    print(f"bytes a sync: {slopes.round()}, descriptors {descriptors[0]} to {descriptors[-1]}")
+    num_bytes = sum(case.plan.num_bytes(transfer.copy) for transfer in case.plan.into(0, 0))
+    assert (slopes < 0.05 * num_bytes).all()  # a kept layer would be more
+    assert max(descriptors[NUM_SYNCS // 4 :]) <= max(descriptors[: NUM_SYNCS // 4])
+    case.pull(case.folders[1])
+    assert case.bits() == golden
 
 
 def test_weights_of_another_version_are_never_served(case: Case) -> None:
