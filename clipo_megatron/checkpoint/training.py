@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from clipo_megatron.checkpoint.manifest import (
 )
 from clipo_megatron.checkpoint.retention import Retention, remove_folder, remove_old
 from clipo_megatron.errors import CheckpointError
-from clipo_megatron.weights.architecture import CONFIG_FILE
+from clipo_megatron.weights.architecture import CONFIG_FILE, Architecture
 from clipo_megatron.weights.hf_folder import COMPANION_FILES
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,18 @@ class RunIdentity:
     """The recipe as YAML."""
     model_path: Path
     """Hugging Face folder, whose configuration and tokenizer are copied."""
+
+
+def policy_identity(architecture: Architecture, *, dtype: str, head: tuple[str, int] | None) -> dict[str, object]:
+    """What a policy's state fits to, as its `POLICY_FILE` tells it; no run.accept covers another one.
+
+    Args:
+        architecture: of the model.
+        dtype: of the parameters.
+        head: kind and size of the contrastive head, if there is one.
+    """
+    told = None if head is None else {"kind": head[0], "size": head[1]}
+    return json.loads(json.dumps({"dtype": dtype, "architecture": asdict(architecture), "head": told}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

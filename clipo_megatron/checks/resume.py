@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from clipo_megatron.checkpoint.dist_reader import DistReader
 from clipo_megatron.checkpoint.manifest import list_checkpoints, read_manifest, read_whole
 from clipo_megatron.checkpoint.training import POLICY_FILE, RECIPE_FILE
+from clipo_megatron.checks.resume_model import tokenizer_faults, unfit_state
 from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.recipe import run_defining_keys
@@ -50,7 +51,7 @@ def resume_problems(recipe: Recipe, *, data_hash: str = "") -> list[str]:
         if data_hash:
             changes = [change for change in changes if change.kind == "data"]
         return [
-            *([] if data_hash else _past_the_end(recipe, checkpoint)),
+            *([] if data_hash else [*_past_the_end(recipe, checkpoint), *unfit_state(recipe, checkpoint)]),
             *(
                 f"run.name = {recipe.run.name}: {checkpoint} {change.found}; going on would mix two runs. Undo the change, "
                 f"choose another run.name, or accept it with run.accept=[{change.kind}]"
@@ -111,6 +112,10 @@ def find_changes(recipe: Recipe, checkpoint: Path, *, data_hash: str = "") -> li
     if data_hash and manifest.data_hash != data_hash:
         hashes = f"hash {manifest.data_hash[:12]} -> {data_hash[:12]}"
         changes.append(Change(kind="data", found=f"was trained on other prompts than those of data.train ({hashes})"))
+    changes += [
+        Change(kind="data", found=f"was trained with another tokenizer or chat template ({fault})")
+        for fault in tokenizer_faults(recipe, checkpoint)
+    ]
     if not has_optimizer(checkpoint):
         changes.append(
             Change(kind="no_optimizer", found="has no optimizer state, so that AdamW's moments would begin at 0")

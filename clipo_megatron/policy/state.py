@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.checkpoint.dist_reader import DistReader
-from clipo_megatron.checkpoint.training import POLICY_FILE
+from clipo_megatron.checkpoint.training import POLICY_FILE, policy_identity
 from clipo_megatron.errors import CheckpointError
 from clipo_megatron.policy.contrast import ContrastiveHead
 from clipo_megatron.policy.dist_weights import Sharding, load_dist_weights, read_part
@@ -236,16 +236,13 @@ class TrainingState:
             torch.cuda.set_rng_state(found["random.cuda"])
         return []
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         contrastive = self._settings.contrastive
-        return {
-            "dtype": self._settings.dtype,
-            "architecture": asdict(self._sharding.architecture),
-            "head": None if contrastive is None else {"kind": contrastive.head, "size": contrastive.head_size},
-        }
+        head = None if contrastive is None else (contrastive.head, contrastive.head_size)
+        return policy_identity(self._sharding.architecture, dtype=self._settings.dtype, head=head)
 
     def _check_identity(self, plain: Plain) -> None:
-        found, wanted = plain["identity"], json.loads(json.dumps(self._identity()))
+        found, wanted = plain["identity"], self._identity()
         differences = [
             f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
             for key in sorted({*found, *wanted})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from clipo_megatron.weights.families import FAMILIES
+
 TESTED_RELEASES = ("0.32",)
-TESTED_FAMILIES = ("qwen2", "qwen3", "llama", "qwen3_moe", "mixtral")
 TESTED_DTYPES = ("float32", "bfloat16")
 TESTED_DEVICES = ("cpu",)
 
@@ -30,10 +31,11 @@ def planned_sync_problem(
         quantization: vLLM's method, None for none.
         is_asked_for: the transport is the user's own choice: a device that was not tested is none of the reasons then.
     """
+    tested_families = [name for name, known in FAMILIES.items() if known.is_sync_tested]
     found = re.match(r"\d+\.\d+", release)
     for what, value, tested in (
         ("vLLM", found[0] if found else release, TESTED_RELEASES),
-        ("model family", family, TESTED_FAMILIES),
+        ("model family", family, tested_families),
         ("dtype", dtype, TESTED_DTYPES),
         ("device", device, (device,) if is_asked_for else TESTED_DEVICES),
     ):

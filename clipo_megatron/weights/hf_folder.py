@@ -150,7 +150,17 @@ def _check_files(folder: Path, file_of: dict[str, str]) -> dict[str, StoredTenso
             for name in wanted
             if name not in header
         ]
+        # Other readers load every tensor of every file: which of two they would keep is not known.
+        problems += [
+            f"{folder / file}: also holds {name}, which {INDEX_FILE} {_told_place(file_of.get(name))}; copy the folder again"
+            for name in header
+            if file_of.get(name) != file
+        ]
         stored |= {name: header[name] for name in wanted if name in header}
     if problems:
         raise ConfigError(problems)
     return stored
+
+
+def _told_place(file: str | None) -> str:
+    return "does not name" if file is None else f"puts into {file}"

@@ -62,6 +62,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise ConfigError(f"{path}: its header is no safetensors header ({error!r}); copy the file again") from error
     if wrong:
         raise ConfigError(f"{path}: {wrong[0]}: its bytes do not fit its shape; copy the file again")
+    if apart := _not_adjoining(tensors, LENGTH_BYTES + header_bytes):
+        raise ConfigError(f"{path}: {apart}: its bytes overlap others or leave a gap before them; copy the file again")
     wanted = LENGTH_BYTES + header_bytes + end
     if size != wanted:
         state = "truncated" if size < wanted else "too long"
@@ -76,6 +78,15 @@ def _stored(entry: Mapping[str, object], header_end: int) -> StoredTensor:
     return StoredTensor(
         shape=shape, dtype=_TORCH_NAMES.get(dtype, dtype), start=header_end + start, num_bytes=stop - start
     )
+
+
+def _not_adjoining(tensors: Mapping[str, StoredTensor], start: int) -> str:
+    """The first tensor in the file that does not begin where the one before ends; empty where all do."""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if tensor.start != start:
+            return name
+        start += tensor.num_bytes
+    return ""
 
 
 def _spans_its_shape(entry: Mapping[str, object]) -> bool:

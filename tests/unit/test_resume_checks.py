@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from support.tiny_models import make_tiny_hf
 
 from clipo_megatron.checkpoint.dist_index import write_index
 from clipo_megatron.checkpoint.dist_writer import DistWriter
-from clipo_megatron.checkpoint.training import Progress, close_checkpoint, open_checkpoint
+from clipo_megatron.checkpoint.training import Progress, close_checkpoint, open_checkpoint, policy_identity
 from clipo_megatron.checks.preflight import data_problems, file_problems
 from clipo_megatron.checks.resume import (
     changed_keys,
@@ -263,3 +265,38 @@ def test_the_preflight_looks_at_the_weights(tmp_path, model, shapes, make_recipe
     assert [
         problem for problem in file_problems(recipe) if problem.startswith("model.weights = nowhere: no such folder")
     ]
+
+
+def test_another_model_dtype_or_head_is_refused_whatever_is_accepted(make_recipe, tmp_path):
+    model = make_tiny_hf(tmp_path / "tiny", "qwen3", vocab_size=300, tokenizer_size=280)
+    options = {"model__path": str(model), "model__dtype": "float32", "contrastive__head_size": 8}
+    asked = make_recipe(**options)
+    identity = policy_identity(read_architecture(model), dtype="float32", head=(asked.contrastive.head, 8))
+    _save(asked, policy=POLICY | {"identity": identity})
+    everything = {"run__accept": ["recipe", "data", "no_optimizer"]}
+    assert resume_problems(make_recipe(**options, **everything)) == []
+    for key, value, told in (
+        ("model__dtype", "bfloat16", r"another dtype \('float32' -> 'bfloat16'\)"),
+        ("contrastive__head_size", 16, r"another head\.size \(8 -> 16\)"),
+        ("contrastive__enabled", False, r"another head \(\{.*\} -> None\)"),
+    ):
+        (problem,) = resume_problems(make_recipe(**(options | {key: value}), **everything))
+        assert re.search(rf"step_00000003 has {told}; its state fits no other", problem)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    (problem,) = resume_problems(make_recipe(**options, **everything))
+    assert re.search(r"another architecture\.\w*eps\w* \(.* -> 0\.5\)", problem)
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "unknown"}))  # told by the model's own check
+    assert resume_problems(make_recipe(**options, **everything)) == []
+
+
+def test_another_tokenizer_is_refused_unless_accepted(make_recipe, tmp_path):
+    model = make_tiny_hf(tmp_path / "tiny", "qwen3", vocab_size=300, tokenizer_size=280)
+    shutil.copytree(model, tmp_path / "origin" / "model")
+    checkpoint = _save(make_recipe(model__path=str(model)))
+    assert find_changes(make_recipe(model__path=str(model)), checkpoint) == []
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "Lowercase"}}))
+    (change,) = find_changes(make_recipe(model__path=str(model)), checkpoint)
+    assert change.kind == "data"
+    assert "another tokenizer or chat template (tokenizer.json: normalizer: differs" in change.found

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.tiny_models import make_tiny_hf
 from torch import Tensor
@@ -118,6 +119,35 @@ def test_a_header_whose_offsets_do_not_fit_the_shape_is_refused(tmp_path: Path) 
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(ConfigError, match="a: its bytes do not fit its shape"):
         HFReader(tmp_path)
+
+
+@pytest.mark.parametrize("move", [-2, 2])
+def test_a_header_whose_tensors_overlap_or_leave_a_gap_is_refused_as_by_the_library(tmp_path: Path, move: int) -> None:
+    path = tmp_path / "model.safetensors"
+    header = json.dumps(
+        {
+            "a": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]},
+            "b": {"dtype": "BF16", "shape": [4], "data_offsets": [8 + move, 16 + move]},
+        }
+    ).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16 + move))
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    with pytest.raises(ConfigError, match=r"model\.safetensors: b: its bytes overlap others or leave a gap"):
+        HFReader(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.norm.bias"])
+def test_a_tensor_that_a_second_file_holds_or_the_index_does_not_name_is_refused(
+    sharded: Path, tmp_path: Path, name: str
+) -> None:
+    folder = _copy(sharded, tmp_path / "twice")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    other = next(file for file in sorted(set(index.values())) if file != index["model.norm.weight"])
+    tensors = load_file(folder / other)
+    save_file(tensors | {name: torch.zeros(3)}, folder / other, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"{other}: also holds {name}, which .*(puts into|does not name)"):
+        HFReader(folder)
 
 
 def test_a_folder_without_or_with_two_sets_of_weights_is_refused(sharded: Path, tmp_path: Path) -> None:
