@@ -23,6 +23,18 @@ _FP8_SIZE = 16
 def file_problems(recipe: Recipe) -> list[str]:
     """All faults of the files and folders that a recipe names. Reads headers only; takes a second or two."""
     return [
+        *model_problems(recipe),
+        *_precision_problems(recipe),
+        *read_rows_problems([*recipe.data.train, *recipe.data.evaluation]),
+        *_length_problems(recipe),
+        *_run_folder_problems(recipe),
+        *_tensorboard_problems(recipe),
+    ]
+
+
+def model_problems(recipe: Recipe) -> list[str]:
+    """Faults of the model folder under the recipe's layouts, of `model.weights`, and of the section on experts."""
+    return [
         *model_folder_problems(
             Path(recipe.model.path),
             tp=recipe.layout.tp,
@@ -34,11 +46,6 @@ def file_problems(recipe: Recipe) -> list[str]:
         ),
         *weights_problems(recipe.model.weights, Path(recipe.model.path)),
         *expert_problems(recipe),
-        *_precision_problems(recipe),
-        *read_rows_problems([*recipe.data.train, *recipe.data.evaluation]),
-        *_length_problems(recipe),
-        *_run_folder_problems(recipe),
-        *_tensorboard_problems(recipe),
     ]
 
 

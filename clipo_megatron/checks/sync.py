@@ -15,8 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from clipo_megatron.checks.preflight import device_problems, expert_problems
-from clipo_megatron.checks.start_weights import weights_problems
+from clipo_megatron.checks.preflight import device_problems, model_problems
 from clipo_megatron.data.batch import build_batch
 from clipo_megatron.data.packing import least_rows
 from clipo_megatron.errors import CheckError
@@ -33,7 +32,6 @@ from clipo_megatron.records import (
     Verdict,
 )
 from clipo_megatron.weights.architecture import read_architecture
-from clipo_megatron.weights.folder_check import model_folder_problems
 
 _LONGEST_PROMPT = 64
 _SHORTEST_PROMPT = 4
@@ -161,20 +159,7 @@ def recipe_of_check(recipe: Recipe, *, step_size: float) -> Recipe:
 
 def sync_check_problems(recipe: Recipe) -> list[str]:
     """Faults of the model folder and the device; the data and the run folder are not used."""
-    return [
-        *model_folder_problems(
-            Path(recipe.model.path),
-            tp=recipe.layout.tp,
-            pp=recipe.layout.pp,
-            vpp=recipe.layout.vpp,
-            ep=recipe.layout.ep,
-            etp=recipe.layout.etp,
-            rollout_tp=recipe.rollout.tp,
-        ),
-        *weights_problems(recipe.model.weights, Path(recipe.model.path)),
-        *expert_problems(recipe),
-        *device_problems(recipe),
-    ]
+    return [*model_problems(recipe), *device_problems(recipe)]
 
 
 def draw_prompts(recipe: Recipe, *, count: int) -> list[Prompt]:

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from clipo_megatron.checks.sync_trainer import serve_parameters, whole_tensors
-from clipo_megatron.errors import WorkerError
+from clipo_megatron.errors import ClipoError, WorkerError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.rollout.environment import engine_environment
 from clipo_megatron.rollout.settings import EngineSettings
@@ -115,7 +114,7 @@ def measure_sync_speed(settings: SyncSpeedSettings) -> SyncSpeed:
     """Measure in processes of their own: one has an engine's environment, the other is the trainer.
 
     Raises:
-        WorkerError: a process failed, with its traceback.
+        WorkerError: a process failed or died; the traceback of what is no error of ours is on standard error.
     """
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
@@ -127,14 +126,16 @@ def measure_sync_speed(settings: SyncSpeedSettings) -> SyncSpeed:
         found = reader.recv()
     except EOFError:
         process.join()
-        raise WorkerError(f"the measuring process died (exit code {process.exitcode})") from None
+        raise WorkerError(
+            f"the measuring process ended early (exit code {process.exitcode}); if it failed, its traceback is above"
+        ) from None
     finally:
         process.join(30)
         if process.is_alive():
             process.kill()
             process.join()
     if isinstance(found, str):
-        raise WorkerError(f"the measuring process failed:\n{found}")
+        raise WorkerError(found)
     return found
 
 
@@ -161,8 +162,8 @@ def _measuring_process(writer: Connection, settings: SyncSpeedSettings) -> None:
     other.close()
     try:
         writer.send(_Measurement(settings, pipe).run())
-    except BaseException:  # noqa: BLE001  the caller raises it
-        writer.send(traceback.format_exc())
+    except ClipoError as error:
+        writer.send(str(error))
     finally:
         pipe.close()
         trainer.join(10)

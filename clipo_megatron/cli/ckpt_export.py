@@ -15,8 +15,8 @@ def add_export_parser(actions: argparse._SubParsersAction) -> None:
     parser = actions.add_parser(
         "export",
         help="write the model of a distributed checkpoint as a Hugging Face folder",
-        description="Exit code 0: DST is complete; 1: a file is damaged or the disk is full; 2: the folders can't be used. "
-        "DST is there only when it is complete.",
+        description="Exit code 0: DST is complete; 1: a tensor is damaged or the disk is full; 2: the folders can't be used, "
+        "or files differ from their checksums. DST is there only when it is complete.",
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="imported model, Megatron checkpoint, or step folder")
     parser.add_argument("folder", type=Path, metavar="DST", help="Hugging Face folder to write; must not exist")
