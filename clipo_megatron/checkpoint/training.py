@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 RECIPE_FILE, POLICY_FILE = "recipe.yaml", "policy.json"
 LATEST = "latest"
+REFERENCE_HASH = "reference_hash"
+"""Key of `POLICY_FILE`: `RunIdentity.reference_hash`."""
 _LEFTOVER = re.compile(r"\.step_\d{8}\.(tmp|old)|\.latest\.tmp")
 
 
@@ -54,6 +56,8 @@ class RunIdentity:
     """The recipe as YAML."""
     model_path: Path
     """Hugging Face folder, whose configuration and tokenizer are copied."""
+    reference_hash: str = ""
+    """Fingerprint of the reference policy's weights; empty without one."""
 
 
 def policy_identity(architecture: Architecture, *, dtype: str, head: tuple[str, int] | None) -> dict[str, object]:
@@ -131,7 +135,7 @@ def close_checkpoint(
         _check_visible(beside, final, files)
         written = {file.name: (file.num_bytes, file.checksum) for file in files}
         written |= write_index(beside, files)
-        for name, content in _driver_files(run, policy):
+        for name, content in _driver_files(run, {**policy, REFERENCE_HASH: run.reference_hash}):
             written[name] = _write(beside / name, content)
         manifest = Manifest(
             progress=progress,

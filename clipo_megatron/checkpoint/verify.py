@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from clipo_megatron.checkpoint.companions import CompanionDifferences, compare_companions
+from clipo_megatron.checkpoint.conversion_record import RECORD_FILE
 from clipo_megatron.checkpoint.dist_index import METADATA
 from clipo_megatron.checkpoint.dist_tensors import damage
+from clipo_megatron.checkpoint.manifest import MANIFEST
 from clipo_megatron.checkpoint.open_folder import (
     OpenFolder,
     expert_faults,
@@ -199,7 +201,7 @@ def _check_folder(folder: Path, config: Path | None, slice_bytes: int, on_progre
             bytes_read=progress.done,
             differences=(),
             faults=tuple(faults),
-            notes=_notes((only,)),
+            notes=(*_notes((only,)), *_checksum_notes(folder)),
         )
 
 
@@ -214,6 +216,15 @@ def _notes(folders: Sequence[OpenFolder]) -> tuple[str, ...]:
         "checked; name the model's Hugging Face folder with --config"
         for folder in folders
         if folder.architecture is None
+    )
+
+
+def _checksum_notes(folder: Path) -> tuple[str, ...]:
+    if not (folder / METADATA).exists() or any((folder / name).exists() for name in (MANIFEST, RECORD_FILE)):
+        return ()
+    return (
+        f"{folder}: neither {RECORD_FILE} nor {MANIFEST} with checksums is in it, so that changed values were not looked for; "
+        "verify it against the folder that it was made from",
     )
 
 

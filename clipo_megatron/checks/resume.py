@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from clipo_megatron.checkpoint.dist_reader import DistReader
 from clipo_megatron.checkpoint.manifest import list_checkpoints, read_manifest, read_whole
 from clipo_megatron.checkpoint.training import POLICY_FILE, RECIPE_FILE
-from clipo_megatron.checks.resume_model import tokenizer_faults, unfit_state
+from clipo_megatron.checks.resume_model import other_reference, tokenizer_faults, unfit_state
 from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.recipe import run_defining_keys
@@ -30,7 +30,7 @@ _OPTIMIZER_KEYS = "optimizer."
 class Change:
     """One way in which a resumed run would not be the run of its checkpoint."""
 
-    kind: Literal["recipe", "data", "no_optimizer"]
+    kind: Literal["recipe", "data", "reference", "no_optimizer"]
     """What run.accept has to name."""
     found: str
     """In words, with both values."""
@@ -116,6 +116,8 @@ def find_changes(recipe: Recipe, checkpoint: Path, *, data_hash: str = "") -> li
         Change(kind="data", found=f"was trained with another tokenizer or chat template ({fault})")
         for fault in tokenizer_faults(recipe, checkpoint)
     ]
+    if fault := other_reference(recipe, checkpoint):
+        changes.append(Change(kind="reference", found=fault))
     if not has_optimizer(checkpoint):
         changes.append(
             Change(kind="no_optimizer", found="has no optimizer state, so that AdamW's moments would begin at 0")

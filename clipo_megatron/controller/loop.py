@@ -11,6 +11,7 @@ from clipo_megatron.checkpoint.manifest import Progress, list_checkpoints
 from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.checkpoint.training import Resume, RunIdentity
 from clipo_megatron.checks.resume import has_optimizer, resume_notes
+from clipo_megatron.checks.resume_model import reference_hash
 from clipo_megatron.controller.clock import PhaseClock
 from clipo_megatron.controller.evaluate import evaluate
 from clipo_megatron.controller.metrics import MetricsWriter
@@ -202,6 +203,7 @@ def _make_saver(recipe: Recipe, policy: Policy, train: PromptSet, folder: Path) 
         data_hash=train.hash,
         recipe=recipe.to_yaml(),
         model_path=Path(recipe.model.path),
+        reference_hash=reference_hash(recipe),
     )
     retention = Retention(keep=section.keep, keep_every=section.keep_every, keep_best=section.keep_best)
     return CheckpointSaver(folder, policy, run=run, retention=retention, asynchronous=section.asynchronous)

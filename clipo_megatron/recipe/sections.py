@@ -292,9 +292,10 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of the run folder; never: refuse a run folder that is not empty."""
-    accept: tuple[Literal["recipe", "data", "no_optimizer"], ...] = ()
+    accept: tuple[Literal["recipe", "data", "reference", "no_optimizer"], ...] = ()
     """Changes under which a run may go on from its checkpoint, though its numbers change: recipe (keys of the recipe), data
-    (the training prompts), no_optimizer (a checkpoint without optimizer state: fresh moments). Another layout needs none."""
+    (the training prompts), reference (the weights that the KL loss refers to), no_optimizer (a checkpoint without optimizer
+    state: fresh moments). Another layout needs none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = False
     """Write TensorBoard event files besides metrics.jsonl."""

@@ -38,6 +38,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         ConfigError: no such file, not a safetensors file, or shorter or longer than its header says.
     """
     try:
+        # Opening a pipe would wait for a writer for ever.
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: is no regular file; copy the file to the model folder")
         size = path.stat().st_size
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")

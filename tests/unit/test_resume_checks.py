@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from support.checkpoints import POLICY, RANK_FILES, make_identity, write_checkpoint
 from support.dist_folders import flip_one_bit, import_tiny
 from support.tiny_models import make_tiny_hf
@@ -28,6 +30,7 @@ from clipo_megatron.checks.resume import (
     resume_notes,
     resume_problems,
 )
+from clipo_megatron.checks.resume_model import reference_hash
 from clipo_megatron.checks.start_weights import weights_problems
 from clipo_megatron.data.prompts import PromptSet
 from clipo_megatron.recipe import Recipe
@@ -170,6 +173,30 @@ def test_a_missing_optimizer_is_refused_unless_accepted_or_never_used(make_recip
     fresh = _without_optimizer(make_recipe(run__name="fresh"), updates=0)
     assert has_optimizer(fresh)
     assert has_optimizer(_save(make_recipe(run__name="whole")))
+
+
+def test_other_weights_in_the_model_folder_are_refused_where_a_kl_loss_refers_to_them(make_recipe, tmp_path):
+    policy = make_tiny_hf(tmp_path / "policy", "qwen3", tied=True)
+    recipe = make_recipe(model__path=str(policy))
+    identity = make_identity(tmp_path / "origin", recipe=recipe.to_yaml(), fingerprint=recipe.fingerprint)
+    identity = replace(identity, reference_hash=reference_hash(recipe))
+    write_checkpoint(tmp_path / "try" / "checkpoints", 3, run=identity)
+    shutil.copytree(policy, tmp_path / "copy")
+    shutil.rmtree(policy)
+    shutil.copytree(tmp_path / "copy", policy)  # the same weights, other times
+    assert "reference" not in {
+        change.kind for change in find_changes(recipe, tmp_path / "try/checkpoints/step_00000003")
+    }
+
+    weights = load_file(policy / "model.safetensors")
+    save_file({name: tensor * 1.001 for name, tensor in weights.items()}, policy / "model.safetensors")
+    [problem] = [problem for problem in resume_problems(recipe) if "KL loss" in problem]
+    assert f"model.path = {policy}" in problem
+    assert "run.accept=[reference]" in problem
+    accepted = make_recipe(model__path=str(policy), run__accept=["reference"])
+    assert not [problem for problem in resume_problems(accepted) if "KL loss" in problem]
+    without = make_recipe(model__path=str(policy), algorithm__kl={"coefficient": 0.0})
+    assert not [problem for problem in resume_problems(without) if "KL loss" in problem]
 
 
 @pytest.mark.parametrize("file", [".metadata", "recipe.yaml", "policy.json"])

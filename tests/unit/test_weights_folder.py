@@ -18,6 +18,7 @@ from support.tiny_models import make_tiny_hf
 from torch import Tensor
 
 from clipo_megatron.errors import CheckpointError, ConfigError
+from clipo_megatron.weights.fingerprint import weights_fingerprint
 from clipo_megatron.weights.folder_check import model_folder_problems
 from clipo_megatron.weights.hf_folder import HFReader
 from clipo_megatron.weights.hf_writer import HFWriter, write_hf_folder
@@ -264,3 +265,26 @@ def test_the_writer_keeps_its_own_copy_of_a_tensor(single: Path, tmp_path: Path)
             tensor.zero_()
         writer.finish()
     assert all(torch.equal(tensor, _tensors(single)[name]) for name, tensor in _tensors(tmp_path / "out").items())
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_refused_and_not_waited_for(sharded, tmp_path):
+    folder = _copy(sharded, tmp_path / "model")
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.unlink()
+    os.mkfifo(shard)
+    assert any(f"{shard}: is no regular file" in problem for problem in model_folder_problems(folder))
+
+
+def test_a_fingerprint_is_that_of_the_weights_not_of_their_files_and_any_training_step_changes_it(single, tmp_path):
+    folder = _copy(single, tmp_path / "model")
+    tensors = _tensors(folder)
+    names = sorted(tensors)
+    (folder / "model.safetensors").unlink()
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, of_file in halves.items():
+        save_file({name: tensors[name] for name in of_file}, folder / file)
+    index = {"weight_map": {name: file for file, of_file in halves.items() for name in of_file}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weights_fingerprint(folder) == weights_fingerprint(single)
+    save_file({name: tensors[name] + 2**-6 for name in halves["b.safetensors"]}, folder / "b.safetensors")
+    assert weights_fingerprint(folder) != weights_fingerprint(single)
