@@ -185,7 +185,8 @@ def _opened(source: Path, problems: list[str]) -> DistReader:
 def _hint(source: Path) -> str:
     if (source / SINGLE_FILE).exists() or (source / INDEX_FILE).exists() or (source / CONFIG_FILE).exists():
         return "it is a Hugging Face folder already"
-    inner = sorted(path.parent.name for path in source.glob(f"*/{METADATA}"))
+    found = [*source.glob(f"*/{METADATA}"), *source.glob(f"checkpoints/*/{METADATA}")]  # the latter of a run's folder
+    inner = sorted(path.parent.relative_to(source).as_posix() for path in found)
     return (
         f"give one of the folders in it: {', '.join(inner[-3:])}" if inner else "give the folder that holds that file"
     )

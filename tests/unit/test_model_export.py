@@ -149,6 +149,8 @@ def test_a_training_checkpoint_exports_its_parameters_alone(models, imported, tm
         files=[writer.finish()],
         policy={},
     )
+    with pytest.raises(ConfigError, match="give one of the folders in it: checkpoints/latest, checkpoints/step_0"):
+        export_model(tmp_path, tmp_path.parent / "out")
     _assert_same(export_model(step, tmp_path / "out"), models["llama"])
     flip_one_bit(step / "__0_0.distcp", byte=-8000)
     with pytest.raises(ConfigError, match=r"__0_0\.distcp has checksum"):
