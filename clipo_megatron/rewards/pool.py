@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -11,6 +12,8 @@ from clipo_megatron.rewards.choice import judge_choice
 from clipo_megatron.rewards.equality import is_hazardous, quick_verdict
 from clipo_megatron.rewards.extract import gold_answer, response_answer
 from clipo_megatron.rewards.processes import Pair, WorkerPool
+
+logger = logging.getLogger(__name__)
 
 Item = tuple[str, str, str]
 
@@ -90,11 +93,13 @@ class Verifiers:
         return [d if isinstance(d, Verdict) else verdicts[d] for d in decisions]
 
     def self_test(self) -> None:
-        """Judge known pairs and a poison pill in the processes that will judge the run.
+        """Judge known pairs and a poison pill in the processes that will judge the run; warn if they are not confined.
 
         Raises:
             CheckError: a verdict is not the known one; the message names the pair.
         """
+        if reason := self._pool.why_unconfined():
+            logger.warning("verifier processes may use network and files here: %s", reason)
         items = [("math", gold, f"So it is \\boxed{{{answer}}}.") for gold, answer, _ in _KNOWN_PAIRS]
         found = self.judge(items, use_shortcuts=False)
         # The pill goes past the screen, on a short clock: it is the kill that is tested, and the life after it.

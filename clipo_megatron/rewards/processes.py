@@ -12,7 +12,7 @@ from pebble import ProcessPool
 
 from clipo_megatron.errors import WorkerError
 from clipo_megatron.records import Verdict
-from clipo_megatron.rewards.worker import judge_pairs, start_worker, warm_up
+from clipo_megatron.rewards.worker import judge_pairs, start_worker, warm_up, why_unconfined
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,19 @@ class WorkerPool:
             self.close()
             self._pool = self._start()
         return results
+
+    def why_unconfined(self) -> str:
+        """Why a process of the pool may use network and files; empty when it may not.
+
+        Raises:
+            WorkerError: no process can be started.
+        """
+        try:
+            return self._pool.schedule(why_unconfined).result(timeout=_START_SECONDS)
+        except (RuntimeError, BrokenExecutor, TimeoutError) as error:
+            raise WorkerError(
+                f"rewards: no verifier process answers ({error!r}); check that `import math_verify` works here"
+            ) from error
 
     def _attempt(
         self,

@@ -1,4 +1,4 @@
-"""What runs inside a verifier process: memory limit, death with the parent, and the judging of a few pairs."""
+"""What runs inside a verifier process: confinement, memory limit, death with the parent, and the judging of a few pairs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipo_megatron.records import Verdict
+from clipo_megatron.rewards.confinement import confine
 from clipo_megatron.rewards.equality import full_verdict
 
 _PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = 3
 
 _suspicious_peak_bytes = sys.maxsize
+_unconfined_because = "its start is not over"
 
 
 def start_worker(parent_pid: int, memory_bytes: int) -> None:
@@ -28,7 +30,7 @@ def start_worker(parent_pid: int, memory_bytes: int) -> None:
         parent_pid: process that made the pool; a worker does not outlive it.
         memory_bytes: address space that judging may take on top of what the imports took.
     """
-    global _suspicious_peak_bytes
+    global _suspicious_peak_bytes, _unconfined_because
     # The pool's own handler is Python code, which never runs while a C call (a huge power) lasts.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
@@ -40,6 +42,7 @@ def start_worker(parent_pid: int, memory_bytes: int) -> None:
     taken = _peak_address_space()
     resource.setrlimit(resource.RLIMIT_AS, (taken + memory_bytes, taken + memory_bytes))
     _suspicious_peak_bytes = taken + memory_bytes // 4
+    _unconfined_because = confine()
 
 
 def judge_pairs(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
@@ -52,6 +55,11 @@ def judge_pairs(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         if verdicts[-1] is Verdict.WRONG and _peak_address_space() > _suspicious_peak_bytes:
             os._exit(_OUT_OF_MEMORY)
     return verdicts
+
+
+def why_unconfined() -> str:
+    """Why this process may use network and files; empty when it may not."""
+    return _unconfined_because
 
 
 def warm_up() -> None:
