@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,12 @@ from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.load import read_recipe
 
 if TYPE_CHECKING:
+    from clipo_megatron.controller.stop import StopRequest
     from clipo_megatron.data.prompts import PromptSet
+
+EXIT_UNFINISHED = 85
+"""Exit code of a run that was stopped, saved, and wants to go on; only where `REQUEUE_VARIABLE` is set, else it is 0."""
+REQUEUE_VARIABLE, END_TIME_VARIABLE = "CLIPO_REQUEUE", "CLIPO_END_TIME"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -106,7 +112,7 @@ def _train(recipe: Recipe, train: PromptSet, evaluation: PromptSet | None) -> in
         lock,
         Verifiers(recipe.rewards.workers, recipe.rewards.timeout_s, recipe.rewards.max_answer_chars) as verifiers,
         ray_session(recipe, device=device),
-        stop_signals() as should_stop,
+        stop_signals(_end_time()) as stop,
     ):
         verifiers.self_test()
         started = time.perf_counter()
@@ -124,13 +130,27 @@ def _train(recipe: Recipe, train: PromptSet, evaluation: PromptSet | None) -> in
                 evaluation=evaluation,
                 resume=resume,
                 on_row=on_row,
-                should_stop=should_stop,
+                stop=stop,
             ).run()
     ended = f"done: metrics {folder / 'metrics.jsonl'}, Hugging Face checkpoint {outcome.exported}"
     if outcome.stopped:
-        ended = f"stopped after step {outcome.progress.step}; the same command goes on from {outcome.checkpoint}"
+        whence = outcome.checkpoint or "the beginning: time was too short for a checkpoint"
+        ended = f"stopped after step {outcome.progress.step}; the same command goes on from {whence}"
     console.print(ended, soft_wrap=True)
-    return 0
+    return EXIT_UNFINISHED if outcome.stopped and os.environ.get(REQUEUE_VARIABLE) else 0
+
+
+def _end_time() -> float | None:
+    """When this process will be killed, seconds since the epoch.
+
+    Raises:
+        ConfigError: the variable holds no number.
+    """
+    value = os.environ.get(END_TIME_VARIABLE, "")
+    try:
+        return float(value) if value else None
+    except ValueError:
+        raise ConfigError(f"{END_TIME_VARIABLE} = {value}: must be seconds since the epoch, as `date +%s`") from None
 
 
 def _prepare_folder(folder: Path, recipe: Recipe) -> TextIO:
@@ -153,20 +173,25 @@ def _prepare_folder(folder: Path, recipe: Recipe) -> TextIO:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM and SIGUSR1 ask for a stop at the end of the step; a second one stops at once."""
-    asked = False
+def stop_signals(end_time: float | None) -> Iterator[StopRequest]:
+    """Within the block SIGTERM and SIGUSR1 ask for a stop; a second one interrupts.
+
+    Args:
+        end_time: of `StopRequest`.
+    """
+    from clipo_megatron.controller.stop import StopRequest
+
+    stop = StopRequest(end_time=end_time)
 
     def ask(number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        if stop.is_asked:
             raise KeyboardInterrupt
-        asked = True
-        logging.getLogger(__name__).info("%s: stopping after this step", signal.Signals(number).name)
+        logging.getLogger(__name__).info("%s: stopping", signal.Signals(number).name)
+        stop.ask()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: asked
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

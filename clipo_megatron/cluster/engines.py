@@ -21,10 +21,9 @@ class RayEngines:
 
     def __init__(
         self,
-        count: int,
         settings: EngineSettings,
         *,
-        actor_options: dict[str, Any],
+        actor_options: Sequence[dict[str, Any]],
         log_folder: Path,
         timeout_s: float,
         sync: SyncSettings,
@@ -32,9 +31,8 @@ class RayEngines:
         """Create the actors; `start` makes them load the model.
 
         Args:
-            count: engines.
             settings: shared by all of them.
-            actor_options: Ray's resources and environment of one engine.
+            actor_options: Ray's node, resources and environment of each engine.
             log_folder: of the engines' logs.
             timeout_s: deadline of a start or a generation.
             sync: how weights come to them.
@@ -45,10 +43,10 @@ class RayEngines:
         self._is_opened = False
         actor = ray.remote(EngineActor)
         self._actors = {
-            f"engine_{number}": actor.options(name=f"engine_{number}", **actor_options).remote(
+            f"engine_{number}": actor.options(name=f"engine_{number}", **options).remote(
                 number, settings, str(log_folder.resolve())
             )
-            for number in range(count)
+            for number, options in enumerate(actor_options)
         }
 
     def start(self) -> None:

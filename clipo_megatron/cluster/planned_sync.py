@@ -42,6 +42,8 @@ class SyncSettings:
     trainer: ParallelLayout
     engines: EngineLayout
     device: Literal["cpu", "cuda"]
+    is_on_one_node: bool
+    """Whether trainer and engines share a machine: planned copies read the trainer's memory."""
 
 
 class PlannedSync:
@@ -122,6 +124,8 @@ def open_planned_sync(actors: Mapping[str, Any], settings: SyncSettings, weights
 def _open(actors: Mapping[str, Any], settings: SyncSettings, weights: PolicyWeights) -> tuple[str, PlannedSync | None]:
     """Why not, or the sync."""
     is_asked_for = settings.transport != "auto"
+    if not settings.is_on_one_node:
+        return "trainer and engines are on several nodes, and planned copies read memory of their own node", None
     try:
         problems = _of_all(
             actors, settings, "sync begin", lambda actor: actor.planned_sync_problem.remote(is_asked_for)

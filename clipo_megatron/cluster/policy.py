@@ -24,7 +24,7 @@ class RayPolicy:
         self,
         settings: PolicySettings,
         *,
-        actor_options: dict[str, Any],
+        actor_options: Sequence[dict[str, Any]],
         bucket_bytes: int,
         timeout_s: float,
         log_folder: Path,
@@ -33,7 +33,7 @@ class RayPolicy:
 
         Args:
             settings: shared by all ranks.
-            actor_options: Ray's resources and environment of one rank.
+            actor_options: Ray's node, resources and environment of each rank.
             bucket_bytes: size of a weight bucket.
             timeout_s: deadline of one phase on all ranks.
             log_folder: of the ranks' logs.
@@ -42,10 +42,10 @@ class RayPolicy:
         self._timeout_s = timeout_s
         actor = ray.remote(PolicyActor)
         self._actors = [
-            actor.options(name=f"policy_{rank}", **actor_options).remote(
+            actor.options(name=f"policy_{rank}", **options).remote(
                 rank, settings, bucket_bytes=bucket_bytes, timeout_s=timeout_s, log_folder=str(log_folder.resolve())
             )
-            for rank in range(settings.layout.world_size)
+            for rank, options in enumerate(actor_options)
         ]
 
     def start(self) -> None:

@@ -1,37 +1,97 @@
-"""Ray on one machine: start, place the actors of a recipe, stop. Nothing survives the driver."""
+"""Ray: start it on this machine or join the cluster of a job, place the actors of a recipe, stop. No actor survives the driver."""
 
 from __future__ import annotations
 
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clipo_megatron.cluster.engines import RayEngines
+from clipo_megatron.cluster.placement import Node, place_workers
 from clipo_megatron.cluster.policy import RayPolicy
 from clipo_megatron.cluster.settings import Device, engine_settings, policy_settings, sync_settings
-from clipo_megatron.errors import ConfigError
+from clipo_megatron.errors import WorkerError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.rollout.environment import engine_environment
+from clipo_megatron.slurm.job_folder import ATTEMPT_VARIABLE, NODES_VARIABLE
+from clipo_megatron.slurm.ray_node import address_of_head, start_timeout_s
 
 OBJECT_STORE_BYTES = 512 << 20
 """Shared memory of a CPU run's object store; a bucket and a batch must fit."""
 
 
+ADDRESS_VARIABLE = "RAY_ADDRESS"
+"""Of the cluster to join, HOST:PORT; Ray's own variable."""
+
+
 @contextmanager
 def ray_session(recipe: Recipe, *, device: Device) -> Iterator[None]:
-    """A Ray cluster of this machine, as large as the recipe's actors; stopped at the end of the block."""
+    """A driver of the cluster at `RAY_ADDRESS`, or of one of this machine, as large as the recipe's actors.
+
+    At the end of the block all actors are stopped, and a cluster that was started here too.
+
+    Raises:
+        WorkerError: the cluster can't be joined.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address := _address():
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise WorkerError(
+                f"no Ray cluster can be joined at {ADDRESS_VARIABLE} = {address} ({error}); start one there, or unset the "
+                "variable to run on this machine alone"
+            ) from error
+        try:
+            _wait_for_nodes()
+            yield
+        finally:
+            ray.shutdown()
+        return
+    with _local_ray(recipe, device=device):
+        yield
+
+
+def _address() -> str:
+    """Of the cluster to join; empty: none."""
+    if attempt := os.environ.get(ATTEMPT_VARIABLE):
+        return address_of_head(Path(attempt), start_timeout_s())
+    return os.environ.get(ADDRESS_VARIABLE, "")
+
+
+def _wait_for_nodes() -> None:
+    """Wait until as many nodes have joined as the job has.
+
+    Raises:
+        WorkerError: some have not in time; those that have are named.
+    """
+    wanted, timeout_s = int(os.environ.get(NODES_VARIABLE, "1")), start_timeout_s()
+    deadline = time.monotonic() + timeout_s
+    while len(alive := [node for node in ray.nodes() if node["Alive"]]) < wanted:
+        if time.monotonic() > deadline:
+            names = ", ".join(sorted(node["NodeManagerHostname"] for node in alive))
+            raise WorkerError(
+                f"{len(alive)} of {wanted} nodes have joined Ray after {timeout_s:.0f} s ({names}); look at ray-HOST.log of the "
+                "others in the job's folder"
+            )
+        time.sleep(0.2)
+
+
+@contextmanager
+def _local_ray(recipe: Recipe, *, device: Device) -> Iterator[None]:
     rollout = recipe.rollout
     processes = recipe.layout.world_size + rollout.engines * rollout.tp
     # Ray's sockets live in its temporary folder, and a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="clipo", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(
             address="local",
             num_cpus=processes,
@@ -42,8 +102,6 @@ def ray_session(recipe: Recipe, *, device: Device) -> Iterator[None]:
             _temp_dir=folder,
         )
         try:
-            if device == "cuda":
-                _check_gpus(needed=processes)
             yield
         finally:
             ray.shutdown()
@@ -53,25 +111,35 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
     """Create and start all actors of a recipe on the running Ray cluster.
 
     Raises:
+        ConfigError: the cluster has too few GPUs.
         WorkerError: an actor could not start; its log has the traceback.
     """
-    rollout, gpus = recipe.rollout, 1 if device == "cuda" else 0
+    rollout, gpus, layout = recipe.rollout, 1 if device == "cuda" else 0, recipe.layout
+    placement = place_workers(
+        _nodes(device),
+        ranks=layout.world_size,
+        ranks_together=layout.tp * layout.cp,
+        engines=rollout.engines,
+        engine_ranks=rollout.tp,
+    )
     policy = RayPolicy(
         policy_settings(recipe, device=device),
-        actor_options=_options(cpus=1, gpus=gpus, environment=_TRAINER_ENVIRONMENT[device]),
+        actor_options=[
+            _options(node, cpus=1, gpus=gpus, environment=_TRAINER_ENVIRONMENT[device]) for node in placement.policy
+        ],
         bucket_bytes=recipe.sync.bucket_mib << 20,
         timeout_s=recipe.run.worker_timeout_s,
         log_folder=log_folder,
     )
     engines = RayEngines(
-        rollout.engines,
         engine_settings(recipe, device=device),
-        actor_options=_options(
-            cpus=rollout.tp, gpus=gpus * rollout.tp, environment=engine_environment(device, rollout.tp)
-        ),
+        actor_options=[
+            _options(node, cpus=rollout.tp, gpus=gpus * rollout.tp, environment=engine_environment(device, rollout.tp))
+            for node in placement.engines
+        ],
         log_folder=log_folder,
         timeout_s=recipe.run.worker_timeout_s,
-        sync=sync_settings(recipe, device=device),
+        sync=sync_settings(recipe, device=device, is_on_one_node=placement.is_on_one_node),
     )
     policy.start()
     engines.start()
@@ -82,8 +150,9 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
 _TRAINER_ENVIRONMENT = {"cpu": {"OMP_NUM_THREADS": "1"}, "cuda": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}}
 
 
-def _options(*, cpus: int, gpus: int, environment: dict[str, str]) -> dict[str, Any]:
+def _options(node: Node, *, cpus: int, gpus: int, environment: dict[str, str]) -> dict[str, Any]:
     return {
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.name, soft=False),
         "num_cpus": cpus,
         "num_gpus": gpus,
         "max_restarts": 0,
@@ -91,10 +160,12 @@ def _options(*, cpus: int, gpus: int, environment: dict[str, str]) -> dict[str, 
     }
 
 
-def _check_gpus(*, needed: int) -> None:
-    found = int(ray.cluster_resources().get("GPU", 0))
-    if found < needed:
-        raise ConfigError(
-            f"layout.world_size + rollout.engines * rollout.tp = {needed} GPUs are needed, {found} are here; trainer and "
-            "engines each have GPUs of their own"
-        )
+def _nodes(device: Device) -> list[Node]:
+    """The cluster's nodes, the driver's first and then by address."""
+    resource, own = "GPU" if device == "cuda" else "CPU", ray.util.get_node_ip_address()
+    found = [
+        Node(name=node["NodeID"], address=node["NodeManagerAddress"], slots=int(node["Resources"].get(resource, 0)))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted(found, key=lambda node: (node.address != own, [part.zfill(3) for part in node.address.split(".")]))

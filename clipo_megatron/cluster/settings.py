@@ -108,7 +108,7 @@ def engine_settings(recipe: Recipe, *, device: Device) -> EngineSettings:
     )
 
 
-def sync_settings(recipe: Recipe, *, device: Device) -> SyncSettings:
+def sync_settings(recipe: Recipe, *, device: Device, is_on_one_node: bool) -> SyncSettings:
     """How a recipe's weights come from the trainer to the engines."""
     return SyncSettings(
         transport=recipe.sync.transport,
@@ -119,4 +119,5 @@ def sync_settings(recipe: Recipe, *, device: Device) -> SyncSettings:
         trainer=parallel_layout(recipe),
         engines=EngineLayout(engines=recipe.rollout.engines, tp=recipe.rollout.tp),
         device=device,
+        is_on_one_node=is_on_one_node,
     )

@@ -19,6 +19,7 @@ from clipo_megatron.controller.protocols import Engines, Policy
 from clipo_megatron.controller.report import is_sound, mean_accuracy, step_metrics, write_answers, write_rollouts
 from clipo_megatron.controller.saving import CheckpointSaver
 from clipo_megatron.controller.step import Step
+from clipo_megatron.controller.stop import StepAbandoned, StopRequest
 from clipo_megatron.data.order import PromptOrder
 from clipo_megatron.data.prompts import PromptSet
 from clipo_megatron.errors import ClipoError
@@ -36,7 +37,8 @@ class RunOutcome:
     progress: Progress
     stopped: bool
     """Ended early because it was asked to."""
-    checkpoint: Path
+    checkpoint: Path | None
+    """The newest one; None where time was too short for any."""
     exported: Path | None
     """Hugging Face folder; None when stopped early."""
 
@@ -55,7 +57,7 @@ class TrainingLoop:
         evaluation: PromptSet | None,
         resume: Resume | None,
         on_row: Callable[[dict[str, float]], None],
-        should_stop: Callable[[], bool],
+        stop: StopRequest,
     ) -> None:
         self._recipe = recipe
         self._policy = policy
@@ -65,17 +67,21 @@ class TrainingLoop:
         self._evaluation = evaluation
         self._resume = resume
         self._on_row = on_row
-        self._should_stop = should_stop
+        self._stop = stop
         self._folder = run_folder(recipe)
         self._order = PromptOrder(len(train), seed=recipe.run.seed, shuffle=recipe.data.shuffle)
         self._clock = PhaseClock()
-        self._step = Step(recipe, policy, engines, verifiers, self._clock, after_sampling=self._poll)
+        self._step = Step(
+            recipe, policy, engines, verifiers, self._clock, while_sampling=stop.abandonable, after_sampling=self._poll
+        )
         self._saver = _make_saver(recipe, policy, train, self._folder / "checkpoints")
         self._sound = True
         """Whether all losses and gradients since the newest checkpoint were finite."""
 
     def run(self) -> RunOutcome:
-        """Run to the last step, or to the end of the step in which a stop was asked for.
+        """Run to the last step, or until a stop is asked for or time is up.
+
+        A step that has not got further than its rollouts is given up then: repeated, it is the same. Others are finished.
 
         All checkpoints are complete when it returns, and also when it raises, if the ranks could still write them.
 
@@ -102,20 +108,24 @@ class TrainingLoop:
         return RunOutcome(
             progress=progress,
             stopped=stopped,
-            checkpoint=list_checkpoints(self._folder / "checkpoints")[-1],
+            checkpoint=next(reversed(list_checkpoints(self._folder / "checkpoints")), None),
             exported=None if stopped else self._export("final"),
         )
 
     def _all_steps(self, writer: MetricsWriter, progress: Progress, *, saved: Progress | None) -> Progress:
         section, accuracy = self._recipe.checkpoint, None
-        while progress.step < self._recipe.run.steps and not self._should_stop():
-            progress, row = self._one_step(progress)
+        while progress.step < self._recipe.run.steps and self._stop.allows_step():
+            try:
+                progress, row = self._one_step(progress)
+            except StepAbandoned:
+                logger.info("step %d is given up while it generates: asked to stop", progress.step + 1)
+                break
             self._write(writer, row)
+            self._stop.note(row)
             accuracy = mean_accuracy(row)
             self._sound = self._sound and is_sound(row)
             self._poll()
-            if self._is_due(progress.step, section.every):
-                self._save(progress, accuracy=accuracy)
+            if self._is_due(progress.step, section.every) and self._save(progress, accuracy=accuracy):
                 saved = progress
             if self._is_due(progress.step, section.hf_every):
                 self._export(f"step_{progress.step:08d}")
@@ -173,10 +183,15 @@ class TrainingLoop:
         logger.info("resumed from %s, step %d", checkpoint, progress.step)
         return progress, True
 
-    def _save(self, progress: Progress, *, accuracy: float | None) -> None:
+    def _save(self, progress: Progress, *, accuracy: float | None) -> bool:
+        """Whether the checkpoint was begun: one that would not be complete before the run is killed is not."""
+        if not self._stop.allows_save():
+            logger.warning("step %d: no checkpoint, the time that is left is too short for it", progress.step)
+            return False
         with self._clock.phase("save"):
             self._saver.begin(progress, sound=self._sound, accuracy=accuracy)
         self._sound = True
+        return True
 
     def _poll(self) -> None:
         with self._clock.phase("save"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,14 +55,26 @@ class Step:
         verifiers: Verifiers,
         clock: PhaseClock,
         *,
+        while_sampling: Callable[[], AbstractContextManager[None]],
         after_sampling: Callable[[], None],
     ) -> None:
-        """Keep what a step needs; `after_sampling` is called in every step while the policy still idles."""
+        """Keep what a step needs.
+
+        Args:
+            recipe: of the run.
+            policy: trained.
+            engines: sampled from.
+            verifiers: that judge.
+            clock: of the step's phases.
+            while_sampling: makes a block in which the engines generate; nothing else happens in it.
+            after_sampling: called in every step while the policy still idles.
+        """
         self._recipe = recipe
         self._policy = policy
         self._engines = engines
         self._verifiers = verifiers
         self._clock = clock
+        self._while_sampling = while_sampling
         self._after_sampling = after_sampling
         self._gate_passed = False
 
@@ -131,7 +144,8 @@ class Step:
                 step=step,
                 routed_experts=recipe.experts.routing_replay,
             )
-            groups = self._engines.generate(prompts, sampling, version=version)
+            with self._while_sampling():
+                groups = self._engines.generate(prompts, sampling, version=version)
         with self._clock.phase("judge"):
             return judge(groups, self._verifiers)
 

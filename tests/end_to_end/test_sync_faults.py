@@ -119,7 +119,7 @@ def _policy(folder: Path, logs: Path) -> RayPolicy:
         seed=0,
     )
     options = {"num_cpus": 1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
-    return RayPolicy(settings, actor_options=options, bucket_bytes=1 << 20, timeout_s=TIMEOUT_S, log_folder=logs)
+    return RayPolicy(settings, actor_options=[options] * 2, bucket_bytes=1 << 20, timeout_s=TIMEOUT_S, log_folder=logs)
 
 
 def _sync_settings(folder: Path, timeout_s: float = TIMEOUT_S) -> SyncSettings:
@@ -132,6 +132,7 @@ def _sync_settings(folder: Path, timeout_s: float = TIMEOUT_S) -> SyncSettings:
         trainer=ParallelLayout(world_size=2, pp=2),
         engines=EngineLayout(engines=NUM_ENGINES, tp=1),
         device="cpu",
+        is_on_one_node=True,
     )
 
 
@@ -143,7 +144,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         policy = _policy(folder, logs)
         engines = RayEngines(
-            NUM_ENGINES,
             EngineSettings(
                 model_path=str(folder),
                 dtype="float32",
@@ -157,7 +157,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 prefix_caching=True,
                 seed=0,
             ),
-            actor_options={"num_cpus": 1, "runtime_env": {"env_vars": engine_environment("cpu", 1)}},
+            actor_options=[{"num_cpus": 1, "runtime_env": {"env_vars": engine_environment("cpu", 1)}}] * NUM_ENGINES,
             log_folder=logs,
             timeout_s=2 * TIMEOUT_S,
             sync=_sync_settings(folder),

@@ -27,6 +27,8 @@ ORDER = (
     "policy",
     "rollout",
     "checks",
+    "doctor",
+    "slurm",
     "controller",
     "cluster",
     "cli",

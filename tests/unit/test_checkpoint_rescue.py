@@ -14,6 +14,7 @@ from clipo_megatron.checkpoint.manifest import Progress, find_damage, list_check
 from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.controller.loop import TrainingLoop
 from clipo_megatron.controller.saving import CheckpointSaver
+from clipo_megatron.controller.stop import StopRequest
 from clipo_megatron.data.prompts import PromptSet
 from clipo_megatron.errors import EngineError, WorkerError
 from clipo_megatron.recipe import Recipe
@@ -62,7 +63,7 @@ def test_a_run_that_fails_while_a_checkpoint_is_written_completes_it_and_tells_i
             "run": {"name": "try", "folder": str(tmp_path), "steps": 3},
             "model": {"path": str(model)},
             "data": {"train": ["train.parquet"]},
-            "algorithm": {"prompts_per_step": 2, "group_size": 2},
+            "algorithm": {"prompts_per_step": 2, "group_size": 2, "kl": {"coefficient": 0.0}},
             "checkpoint": {"every": 1},
         }
     )
@@ -80,7 +81,7 @@ def test_a_run_that_fails_while_a_checkpoint_is_written_completes_it_and_tells_i
         evaluation=None,
         resume=None,
         on_row=lambda _row: None,
-        should_stop=lambda: False,
+        stop=StopRequest(),
     )
     with pytest.raises(EngineError, match="engine_0 is gone"):
         loop.run()
