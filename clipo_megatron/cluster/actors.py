@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +60,7 @@ class PolicyActor(LoggedWorker):
         self._settings = settings
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
-        logger.info("rank %d is process %d", rank, os.getpid())
+        logger.info("rank %d is process %d on %s", rank, os.getpid(), socket.gethostname())
         self._stream: Iterator[WeightBucket] | None = None
 
     @reports_failure
@@ -169,7 +170,7 @@ class EngineActor(LoggedWorker):
 
     def __init__(self, number: int, settings: EngineSettings, log_folder: str) -> None:
         self.open_log(f"engine_{number}", log_folder)
-        logger.info("engine %d is process %d", number, os.getpid())
+        logger.info("engine %d is process %d on %s", number, os.getpid(), socket.gethostname())
         self._number = number
         self._settings = settings
 

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class PhaseClock:
-    """Adds up seconds by phase from one `take` to the next, so that nothing of a run's time is left out."""
+    """Adds up seconds by phase from one `take` to the next, so that nothing of a run's time is left out.
 
-    def __init__(self) -> None:
+    Args:
+        on_phase: called with the name of each phase that begins.
+    """
+
+    def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
+        self._on_phase = on_phase
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the block's seconds as `name`; phases must not be nested."""
+        if self._on_phase is not None:
+            self._on_phase(name)
         start = time.perf_counter()
         try:
             yield

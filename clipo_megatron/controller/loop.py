@@ -26,6 +26,7 @@ from clipo_megatron.errors import ClipoError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.records import Sampling
 from clipo_megatron.rewards.pool import Verifiers
+from clipo_megatron.slurm.job_folder import PHASE_FILE, write_beside
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class TrainingLoop:
         self._stop = stop
         self._folder = run_folder(recipe)
         self._order = PromptOrder(len(train), seed=recipe.run.seed, shuffle=recipe.data.shuffle)
-        self._clock = PhaseClock()
+        self._at_step = 0
+        self._clock = PhaseClock(self._tell_phase)
         self._step = Step(
             recipe, policy, engines, verifiers, self._clock, while_sampling=stop.abandonable, after_sampling=self._poll
         )
@@ -137,6 +139,7 @@ class TrainingLoop:
 
     def _one_step(self, progress: Progress) -> tuple[Progress, dict[str, float]]:
         algorithm, step = self._recipe.algorithm, progress.step + 1
+        self._at_step = step
         rows = self._order.take(progress.prompts_taken, algorithm.prompts_per_step)
         report = self._step.run([self._train.prompts[row] for row in rows], step=step, version=progress.version)
         write_rollouts(self._folder / "rollouts" / f"step_{step:08d}.jsonl", report)
@@ -202,6 +205,10 @@ class TrainingLoop:
         with self._clock.phase("save"):
             self._policy.export_hf(folder)
         return folder
+
+    def _tell_phase(self, name: str) -> None:
+        """For whoever watches the run: `PHASE_FILE` holds the step and what it is at."""
+        write_beside(self._folder / PHASE_FILE, f"{self._at_step} {name}\n")
 
     def _write(self, writer: MetricsWriter, row: dict[str, float]) -> None:
         writer.write(row)

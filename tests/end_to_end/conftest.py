@@ -1,62 +1,17 @@
-"""What the end-to-end tests share: the quickstart's warm-started policy, and running `clipo` as a user does."""
+"""What the end-to-end tests share: a prepared run, and running `clipo` as a user does."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import yaml
-from rich.console import Console
+from support.prepared_run import prepared, write_recipe
+
+__all__ = ["prepared", "run_clipo", "start_clipo", "write_recipe"]
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-    """Folder with policy/, train.parquet and heldout.parquet, as the quickstart's but with shorter problems."""
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "examples" / "quickstart" / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prepare"] = module
-    spec.loader.exec_module(module)
-    folder = tmp_path_factory.mktemp("quickstart") / "prepared"
-    module.NUM_TERMS, module.STOP_AT = 3, 0.4
-    module.NUM_TRAIN, module.NUM_HELD_OUT, module.NUM_WARM_START, module.NUM_STOP = 256, 64, 900, 200
-    module.prepare(folder, seed=0, console=Console(stderr=True))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def write_recipe(prepared):
-    """Writes a small recipe on the warm-started policy: tp = 2 with sequence parallelism, 8 prompts x 4 rollouts."""
-
-    def write(folder, name, **run):
-        content = {
-            "run": {
-                "name": name,
-                "folder": str(folder),
-                "device": "cpu",
-                "gate_max_logprob_difference": 1e-3,
-                "gate_mean_logprob_difference": 1e-4,
-                "worker_timeout_s": 120,
-                **run,
-            },
-            "model": {"path": str(prepared / "policy"), "dtype": "float32"},
-            "data": {"train": [str(prepared / "train.parquet")], "max_prompt_tokens": 64},
-            "layout": {"world_size": 2, "tp": 2, "micro_batch_tokens": 2048},
-            "rollout": {"max_response_tokens": 64, "kv_cache_mib": 64, "max_num_seqs": 32},
-            "algorithm": {"prompts_per_step": 8, "group_size": 4, "updates_per_step": 2, "kl": {"coefficient": 0.01}},
-            "contrastive": {"head_size": 32},
-            "optimizer": {"learning_rate": 1e-4},
-        }
-        path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return path
-
-    return write
 
 
 def start_clipo(*arguments):

@@ -33,13 +33,15 @@ class SlurmLab:
     """A running cluster; `stop` ends it and all jobs.
 
     Args:
-        folder: on the nodes at the same path, as a cluster's file system is; below it lies what SLURM writes.
+        folder: for what SLURM writes, in `shared`.
+        shared: on the nodes at the same path, as a cluster's file system is; all else of /tmp is each node's own.
         nodes: n1 to n<nodes>, at 10.77.0.1 and on.
         gpus: H100s that each node claims to have.
     """
 
-    def __init__(self, folder: Path, *, nodes: int, gpus: int = 8) -> None:
+    def __init__(self, folder: Path, *, shared: Path, nodes: int, gpus: int = 8) -> None:
         self.folder = folder
+        self._shared = shared
         self._root = folder / "slurm"
         self._prefix = f"lab{os.getpid()}"
         self._names = [f"n{number}" for number in range(1, nodes + 1)]
@@ -111,6 +113,14 @@ class SlurmLab:
         """Start a requeued job without SLURM's two minutes of patience."""
         self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
 
+    def wait_until_idle(self, name: str) -> None:
+        """Wait until a node that was switched on again takes jobs; no job may be on it."""
+
+        def is_idle() -> bool:
+            return self.run("sinfo", "-h", "-n", name, "-o", "%T", check=False) == "idle"
+
+        self._wait_for(is_idle, 60, f"{name} is not idle")
+
     def states(self) -> list[str]:
         """Of all nodes."""
         return self.run("sinfo", "-h", "-N", "-p", "batch", "-o", "%T", check=False).split()
@@ -119,7 +129,7 @@ class SlurmLab:
         """Switch a node on."""
         spool = self._root / f"spool.{name}"
         spool.mkdir(exist_ok=True)
-        shared = self.folder
+        shared = self._shared
         script = (
             f"mount -t tmpfs tmpfs /dev/shm; mkdir -p /mnt/shared; mount --bind {shared} /mnt/shared; "
             f"mount -t tmpfs tmpfs /tmp; chmod 1777 /tmp; mkdir -p {shared}; mount --bind /mnt/shared {shared}; "

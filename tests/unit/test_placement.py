@@ -60,7 +60,9 @@ def test_examples(slots, ranks, together, engines, tp, policy, of_engines):
 
 
 def test_too_few_slots_are_refused_with_all_numbers():
-    with pytest.raises(ConfigError, match=r"= 10: the 2 nodes of the cluster have 8 slots \(10.0.0.0: 4, 10.0.0.1: 4\)"):
+    with pytest.raises(
+        ConfigError, match=r"= 10: the 2 nodes of the cluster have 8 slots \(10.0.0.0: 4, 10.0.0.1: 4\)"
+    ):
         place_workers(_nodes(4, 4), ranks=8, ranks_together=1, engines=2, engine_ranks=1)
-    with pytest.raises(ConfigError, match="1 engines of rollout.tp = 4 find no node"):
+    with pytest.raises(ConfigError, match=r"1 engines of rollout\.tp = 4 find no node"):
         place_workers(_nodes(3, 3), ranks=2, ranks_together=1, engines=1, engine_ranks=4)

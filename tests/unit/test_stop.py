@@ -34,7 +34,12 @@ def test_neither_a_step_nor_a_save_begins_that_would_outlast_the_time_given():
     assert stop.allows_step()
     stop.note({"seconds/step": 40.0, "checkpoint/snapshot_seconds": 1.0, "checkpoint/write_seconds": 9.0})
     stop.note({"seconds/step": 20.0})
-    for moment, step, save in ((1000.0, True, True), (1035.0, True, True), (1036.0, False, True), (1086.0, False, False)):
+    for moment, step, save in (
+        (1000.0, True, True),
+        (1035.0, True, True),
+        (1036.0, False, True),
+        (1086.0, False, False),
+    ):
         assert (stop.allows_step(), stop.allows_save()) == (step, save), moment
 
 

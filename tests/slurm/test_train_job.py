@@ -1,0 +1,116 @@
+"""Laws of a job on a real SLURM: over two nodes, told to stop, out of time, or with a node lost, the run is the same run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPT, metrics, told
+
+STEPS = "run.steps=4"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict[str, object]:
+    """What the first test's run came to."""
+    return {}
+
+
+def _finish(lab, job: str, folder: Path, *, timeout_s: float = 240) -> None:
+    state = lab.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=timeout_s)["JobState"]
+    assert state == "COMPLETED", told(job, folder)
+
+
+def _go_on(lab, job: str, folder: Path) -> None:
+    """See that SLURM has the job in its queue again, and let it start without a pause."""
+    found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=90)
+    assert (found["JobState"], found["Restarts"]) == ("PENDING", "1"), told(job, folder)
+    lab.restart_now(job)
+    _finish(lab, job, folder)
+    assert (folder / "attempt-1" / "phase").read_text() == "done\n"
+
+
+def _wait_for_phase(run: Path, step: int, phase: str) -> None:
+    """Until the run is at a phase of a step, or of a later one."""
+    deadline = time.monotonic() + 150
+    while True:
+        words = (run / "phase").read_text().split() if (run / "phase").exists() else []
+        if len(words) == 2 and int(words[0]) >= step and words[1] == phase:
+            return
+        assert time.monotonic() < deadline, f"{run} never came to {phase} of step {step}: {words}"
+        time.sleep(0.002)
+
+
+def _trained_on(run: Path) -> dict[str, list[object]]:
+    """The rollouts of each step, in order."""
+    return {
+        path.name: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((run / "rollouts").glob("step_*.jsonl"))
+    }
+
+
+def _assert_same_run(run: Path, uninterrupted: dict[str, object]) -> None:
+    assert metrics(run) == uninterrupted["metrics"]
+    assert _trained_on(run) == uninterrupted["rollouts"]
+
+
+def test_a_run_over_two_nodes_has_a_policy_rank_and_an_engine_on_each(lab, submit_run, tmp_path, uninterrupted):
+    job, folder = submit_run("two", STEPS)
+    _finish(lab, job, folder)
+    run = tmp_path / "two"
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
+    assert (folder / "attempt-0" / "phase").read_text() == "done\n"
+    assert json.loads((folder / "job.json").read_text())["run_folder"] == str(run)
+    hosts = {
+        name: (run / "logs" / f"{name}.log").read_text() for name in ("policy_0", "policy_1", "engine_0", "engine_1")
+    }
+    for name, host in {"policy_0": "n1", "policy_1": "n2", "engine_0": "n1", "engine_1": "n2"}.items():
+        assert f"on {host}" in hosts[name].splitlines()[0], hosts[name]
+    assert (run / "hf" / "final" / "model.safetensors").exists()
+    uninterrupted |= {"metrics": metrics(run), "rollouts": _trained_on(run)}
+
+
+def test_usr1_in_the_middle_of_a_step_saves_requeues_and_goes_on_from_there(lab, submit_run, tmp_path, uninterrupted):
+    job, folder = submit_run("told", STEPS, "checkpoint.every=10")
+    _wait_for_phase(tmp_path / "told", 2, "train")
+    lab.run("scancel", "--batch", "--signal=USR1", job)
+    _go_on(lab, job, folder)
+    _assert_same_run(tmp_path / "told", uninterrupted)
+
+
+def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_on(lab, submit_run, tmp_path):
+    # SIGCONT, one second before the end, is no warning.
+    options = ("--time=1", "--signal=B:CONT@1")
+    job, folder = submit_run("limit", "run.steps=1000", "checkpoint.every=1000", options=options)
+    found = lab.wait(job, "PENDING", "TIMEOUT", "FAILED", "COMPLETED", timeout_s=30)
+    found = lab.wait(job, "RUNNING", timeout_s=30)
+    found = lab.wait(job, "PENDING", "TIMEOUT", "FAILED", "COMPLETED", timeout_s=150)
+    assert found["JobState"] == "PENDING", told(job, folder)
+    steps = [row["step"] for row in metrics(tmp_path / "limit")]
+    saved = [path.name for path in (tmp_path / "limit" / "checkpoints").glob("step_*")]
+    lab.run("scancel", job)
+    assert steps == list(range(1, len(steps) + 1))
+    assert saved == [f"step_{len(steps):08d}"]
+
+
+@pytest.mark.parametrize(("phase", "node"), [("generate", "n2"), ("train", "n1"), ("sync", "n2")])
+def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(lab, submit_run, tmp_path, uninterrupted, phase, node):
+    job, folder = submit_run("lost", STEPS, "checkpoint.every=1", "checkpoint.asynchronous=false")
+    _wait_for_phase(tmp_path / "lost", 2, phase)
+    lab.kill_node(node)
+    try:
+        lab.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        _go_on(lab, job, folder)
+    finally:
+        lab.start_node(node)
+        lab.wait_until_idle(node)
+    _assert_same_run(tmp_path / "lost", uninterrupted)
+
+
+def test_the_script_as_shipped_is_accepted_by_a_cluster_of_eight_h100_a_node(lab, tmp_path):
+    said = lab.run("sbatch", "--test-only", "--nodes=4", "--gpus-per-node=8", str(SCRIPT), "recipe.yaml", check=False)
+    assert "to start at" in said
+    refused = lab.run("sbatch", "--test-only", "--gpus-per-node=9", str(SCRIPT), "recipe.yaml", check=False)
+    assert "to start at" not in refused
