@@ -23,6 +23,7 @@ quickstart: $(VENV)/cpu.stamp
 	@$(BIN)/python examples/quickstart/run.py --seed $(SEED)
 
 test: $(VENV)/dev.stamp
+	@tests/install_slurm.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: $(VENV)/dev.stamp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -69,6 +70,12 @@ def test_a_run_over_two_nodes_has_a_policy_rank_and_an_engine_on_each(lab, submi
     for name, host in {"policy_0": "n1", "policy_1": "n2", "engine_0": "n1", "engine_1": "n2"}.items():
         assert f"on {host}" in hosts[name].splitlines()[0], hosts[name]
     assert (run / "hf" / "final" / "model.safetensors").exists()
+    shown = lab.run(
+        *(sys.executable, "-m", "clipo_megatron.cli", "status", job, "--json"), CLIPO_JOBS_DIR=str(folder.parent)
+    )
+    status = json.loads(shown)
+    assert (status["state"], status["phase"], status["step"], status["steps"]) == ("COMPLETED", "done", 4, 4)
+    assert status["checkpoint"] == "step_00000004"
     uninterrupted |= {"metrics": metrics(run), "rollouts": _trained_on(run)}
 
 

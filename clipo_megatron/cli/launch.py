@@ -1,0 +1,76 @@
+"""`clipo launch RECIPE.yaml [key=value ...] --nodes N`: check a recipe, then submit it to SLURM, or only show the script.
+
+Partition and account come from SBATCH_PARTITION and SBATCH_ACCOUNT, as for any sbatch, or from --sbatch=--partition=gpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from clipo_megatron.errors import ConfigError, WorkerError
+from clipo_megatron.recipe.load import read_recipe
+from clipo_megatron.slurm.job_folder import jobs_folder
+from clipo_megatron.slurm.render import HOME, needs_of, render
+
+_SBATCH_S = 60
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declare the command."""
+    parser = commands.add_parser("launch", help="submit a run to SLURM", description=__doc__)
+    parser.add_argument("recipe", type=Path, help="YAML file, on a file system that all nodes share")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. layout.tp=4 run.steps=10")
+    parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as the recipe's workers need")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--time", default="04:00:00", metavar="T", help="limit of the job (default: %(default)s)")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="for sbatch, e.g. --sbatch=-pgpu"
+    )
+    parser.add_argument("--render", action="store_true", help="print the script, submit nothing")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Submit, and print the job's number and the commands to follow it with.
+
+    Raises:
+        ConfigError: all faults of the recipe and of what was asked for.
+        WorkerError: sbatch refuses the job.
+    """
+    recipe, problems = read_recipe(args.recipe, args.overrides)
+    if problems or recipe is None:
+        raise ConfigError(problems)
+    needs = needs_of(recipe, nodes=args.nodes, gpus_per_node=args.gpus_per_node, time=args.time)
+    script = render(str(args.recipe), args.overrides, name=recipe.run.name, needs=needs)
+    if args.render:
+        print(script, end="")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "sbatch is not on PATH: run this on a login node of the cluster, or print the script with --render"
+        )
+    done = subprocess.run(
+        ["sbatch", "--parsable", *args.sbatch],
+        input=script,
+        text=True,
+        capture_output=True,
+        env={"CLIPO_HOME": str(HOME), **os.environ},
+        timeout=_SBATCH_S,
+        check=False,
+    )
+    if done.returncode:
+        raise WorkerError(f"sbatch refuses the job: {done.stderr.strip() or done.stdout.strip()}")
+    sys.stderr.write(done.stderr)
+    job = done.stdout.strip().split(";")[0]
+    print(
+        f"job {job}: {needs.nodes} nodes x {needs.gpus_per_node} GPUs, {needs.time}; its folder will be {jobs_folder() / job}"
+    )
+    print(
+        f"  clipo status {job}\n  clipo why {job}\n  scancel --batch --signal=USR1 {job}   # save, and go on in a new attempt"
+    )
+    return 0

@@ -1,0 +1,103 @@
+"""How far a job is: out of its folder and its run's metrics. Loads without torch."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from clipo_megatron.slurm.job_folder import PHASE_FILE, Job, attempts
+
+_RECENT = 10
+_SCONTROL_S = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobProgress:
+    """Of one job."""
+
+    state: str
+    """SLURM's word; "unknown" where it does not tell (any more)."""
+    attempt: int
+    """From 0; -1 before the first."""
+    phase: str
+    """Of the batch script; empty before it began."""
+    step: int
+    """Steps done."""
+    steps: int
+    """Of the whole run; 0 where the run has not begun."""
+    doing: str
+    """What the run is at, as "train in step 7"; empty where it has not begun."""
+    step_s: float | None
+    """Median of the last steps; None before the first."""
+    checkpoint: str
+    """Name of the newest; empty: none."""
+
+    @property
+    def left_s(self) -> float | None:
+        """Until the last step, at the pace of the last ones."""
+        return None if self.step_s is None else self.step_s * max(0, self.steps - self.step)
+
+
+def job_progress(folder: Path, job: Job) -> JobProgress:
+    """Read a job's folder and the folder of its run.
+
+    Args:
+        folder: of the job.
+        job: of its job.json.
+    """
+    run = Path(job.run_folder)
+    found = attempts(folder)
+    rows = _rows(run / "metrics.jsonl")
+    seconds = [float(row["seconds/step"]) for row in rows[-_RECENT:] if "seconds/step" in row]
+    at = _text(run / PHASE_FILE).split()
+    checkpoints = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+    return JobProgress(
+        state=job_state(folder.name),
+        attempt=len(found) - 1,
+        phase=_text(found[-1] / PHASE_FILE).strip() if found else "",
+        step=int(rows[-1]["step"]) if rows else 0,
+        steps=_steps(run / "recipe.yaml"),
+        doing=f"{at[1]} in step {at[0]}" if len(at) == 2 else "",
+        step_s=statistics.median(seconds) if seconds else None,
+        checkpoint=checkpoints[-1] if checkpoints else "",
+    )
+
+
+def job_state(number: str) -> str:
+    """SLURM's state of a job, as RUNNING; "unknown" where there is no SLURM, or it has forgotten the job."""
+    try:
+        shown = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", number],
+            text=True,
+            capture_output=True,
+            timeout=_SCONTROL_S,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    words = [word.removeprefix("JobState=") for word in shown.split() if word.startswith("JobState=")]
+    return words[0] if words else "unknown"
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = []
+    for line in _text(path).splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # being written
+    return [row for row in rows if row.get("step")]
+
+
+def _steps(path: Path) -> int:
+    content = yaml.safe_load(_text(path) or "{}")
+    return int(content.get("run", {}).get("steps", 0))
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
