@@ -71,6 +71,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _STEP.fullmatch(path.name) and not path.is_symlink())
 
 
+def last_sound(folder: Path) -> Path | None:
+    """The newest checkpoint of a run before which no loss and no gradient was other than finite."""
+    found = ((path, parse_manifest(path)) for path in reversed(list_checkpoints(folder)))
+    return next((path for path, manifest in found if isinstance(manifest, Manifest) and manifest.sound), None)
+
+
 def manifest_text(manifest: Manifest) -> str:
     """The one form that a manifest has on disk, with its own checksum."""
     content = {"format": FORMAT} | asdict(manifest)

@@ -1,4 +1,7 @@
-"""Everything about a recipe that files can tell before anything starts: model folder, data, run folder, device."""
+"""Everything about a recipe that files can tell before anything starts: model folder, data, run folder, device.
+
+Loads without torch, which only distributed checkpoints and the device need.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import importlib.util
 import os
 from pathlib import Path
 
-from clipo_megatron.checks.resume import resume_problems
-from clipo_megatron.checks.start_weights import weights_problems
 from clipo_megatron.data.prompts import PromptSet
 from clipo_megatron.data.rows import read_rows_problems
 from clipo_megatron.errors import ConfigError
@@ -24,29 +25,35 @@ def file_problems(recipe: Recipe) -> list[str]:
     """All faults of the files and folders that a recipe names. Reads headers only; takes a second or two."""
     return [
         *model_problems(recipe),
-        *_precision_problems(recipe),
+        *precision_problems(recipe),
         *read_rows_problems([*recipe.data.train, *recipe.data.evaluation]),
-        *_length_problems(recipe),
-        *_run_folder_problems(recipe),
-        *_tensorboard_problems(recipe),
+        *length_problems(recipe),
+        *run_folder_problems(recipe),
+        *tensorboard_problems(recipe),
     ]
 
 
 def model_problems(recipe: Recipe) -> list[str]:
     """Faults of the model folder under the recipe's layouts, of `model.weights`, and of the section on experts."""
-    return [
-        *model_folder_problems(
-            Path(recipe.model.path),
-            tp=recipe.layout.tp,
-            pp=recipe.layout.pp,
-            vpp=recipe.layout.vpp,
-            ep=recipe.layout.ep,
-            etp=recipe.layout.etp,
-            rollout_tp=recipe.rollout.tp,
-        ),
-        *weights_problems(recipe.model.weights, Path(recipe.model.path)),
-        *expert_problems(recipe),
-    ]
+    problems = folder_problems(recipe)
+    if recipe.model.weights:
+        from clipo_megatron.checks.start_weights import weights_problems  # loads torch
+
+        problems += weights_problems(recipe.model.weights, Path(recipe.model.path))
+    return problems + expert_problems(recipe)
+
+
+def folder_problems(recipe: Recipe) -> list[str]:
+    """Faults of the model folder under the recipe's layouts."""
+    return model_folder_problems(
+        Path(recipe.model.path),
+        tp=recipe.layout.tp,
+        pp=recipe.layout.pp,
+        vpp=recipe.layout.vpp,
+        ep=recipe.layout.ep,
+        etp=recipe.layout.etp,
+        rollout_tp=recipe.rollout.tp,
+    )
 
 
 def device_problems(recipe: Recipe) -> list[str]:
@@ -82,11 +89,11 @@ def data_problems(train: PromptSet, recipe: Recipe) -> list[str]:
             f"algorithm.prompts_per_step = {recipe.algorithm.prompts_per_step}: data.train has {len(train)} prompts, and a "
             "step must not hold a prompt twice; lower it or add data"
         )
-    problems += resume_problems(recipe, data_hash=train.hash)
-    return problems
+    return problems + _resume_problems(recipe, data_hash=train.hash)
 
 
-def _run_folder_problems(recipe: Recipe) -> list[str]:
+def run_folder_problems(recipe: Recipe) -> list[str]:
+    """A run folder that can't be written to, or holds what the run can't go on from."""
     folder = _folder(recipe)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -95,7 +102,13 @@ def _run_folder_problems(recipe: Recipe) -> list[str]:
         return []
     if recipe.run.resume == "never":
         return [f"run.name = {recipe.run.name}: {folder} is not empty and run.resume = never; choose another run.name"]
-    return resume_problems(recipe)
+    return _resume_problems(recipe)
+
+
+def _resume_problems(recipe: Recipe, *, data_hash: str = "") -> list[str]:
+    from clipo_megatron.checks.resume import resume_problems  # loads torch
+
+    return resume_problems(recipe, data_hash=data_hash)
 
 
 def expert_problems(recipe: Recipe) -> list[str]:
@@ -124,7 +137,7 @@ def expert_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _precision_problems(recipe: Recipe) -> list[str]:
+def precision_problems(recipe: Recipe) -> list[str]:
     """FP8 products need sizes that are multiples of 16 on each rank."""
     if recipe.precision.recipe == "none":
         return []
@@ -151,7 +164,8 @@ def _precision_problems(recipe: Recipe) -> list[str]:
     ]
 
 
-def _length_problems(recipe: Recipe) -> list[str]:
+def length_problems(recipe: Recipe) -> list[str]:
+    """A longest sequence that is longer than the model's positions."""
     try:
         positions = read_architecture(Path(recipe.model.path)).max_positions
     except ConfigError:
@@ -166,7 +180,8 @@ def _length_problems(recipe: Recipe) -> list[str]:
     ]
 
 
-def _tensorboard_problems(recipe: Recipe) -> list[str]:
+def tensorboard_problems(recipe: Recipe) -> list[str]:
+    """`run.tensorboard` without the package."""
     if recipe.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         return ["run.tensorboard = true: the package tensorboard is not installed; install it or set it to false"]
     return []

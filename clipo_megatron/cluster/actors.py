@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 
+from clipo_megatron.cluster.engine_leftovers import claim
 from clipo_megatron.cluster.worker_log import LoggedWorker, WorkerFailure
+from clipo_megatron.errors import EngineError
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport, WeightBucket
 
 if TYPE_CHECKING:
@@ -168,8 +170,13 @@ class PolicyActor(LoggedWorker):
 class EngineActor(LoggedWorker):
     """One rollout engine."""
 
-    def __init__(self, number: int, settings: EngineSettings, log_folder: str) -> None:
-        self.open_log(f"engine_{number}", log_folder)
+    def __init__(
+        self, number: int, settings: EngineSettings, log_folder: str, *, generation: int = 0, run: str = "run"
+    ) -> None:
+        name = f"engine_{number}"
+        self.open_log(f"{name}.restart{generation}" if generation else name, log_folder)
+        self.worker_name = name
+        claim(run, number, generation)
         logger.info("engine %d is process %d on %s", number, os.getpid(), socket.gethostname())
         self._number = number
         self._settings = settings
@@ -185,6 +192,14 @@ class EngineActor(LoggedWorker):
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int | None) -> list[RolloutGroup]:
         """See `RolloutEngine.generate`."""
         return self._engine.generate(prompts, sampling, version=version)
+
+    @reports_failure
+    def holds(self, version: int) -> bool:
+        """Whether exactly this version is served."""
+        try:
+            return self._engine.version == version
+        except EngineError:
+            return False
 
     @reports_failure
     def begin_update(self, version: int) -> None:

@@ -1,15 +1,16 @@
-"""All rollout engines as one `controller.Engines`."""
+"""All rollout engines as one `controller.Engines`; those whose processes end are started again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 
-from clipo_megatron.cluster.actors import EngineActor
-from clipo_megatron.cluster.gather import gather
+from clipo_megatron.cluster.engine_actors import EngineActors
+from clipo_megatron.cluster.gather import WorkersDied, gather, gather_from_living
 from clipo_megatron.cluster.planned_sync import PlannedSync, SyncSettings, open_planned_sync
 from clipo_megatron.cluster.policy import PolicyWeights
 from clipo_megatron.records import Prompt, RolloutGroup, Sampling, SyncReport
@@ -27,6 +28,7 @@ class RayEngines:
         log_folder: Path,
         timeout_s: float,
         sync: SyncSettings,
+        max_restarts: int,
     ) -> None:
         """Create the actors; `start` makes them load the model.
 
@@ -36,60 +38,145 @@ class RayEngines:
             log_folder: of the engines' logs.
             timeout_s: deadline of a start or a generation.
             sync: how weights come to them.
+            max_restarts: of all engines together.
         """
         self._timeout_s = timeout_s
         self._sync = sync
         self._planned: PlannedSync | None = None
         self._is_opened = False
-        actor = ray.remote(EngineActor)
-        self._actors = {
-            f"engine_{number}": actor.options(name=f"engine_{number}", **options).remote(
-                number, settings, str(log_folder.resolve())
-            )
-            for number, options in enumerate(actor_options)
-        }
+        self._newest: tuple[int, PolicyWeights] | None = None
+        """The version that all engines hold, and where it comes from, for an engine that is started again."""
+        self._engines = EngineActors(
+            settings,
+            actor_options=actor_options,
+            log_folder=log_folder,
+            timeout_s=timeout_s,
+            max_restarts=max_restarts,
+        )
+        self._actors = self._engines.by_name
+
+    @property
+    def restarts(self) -> int:
+        """See `controller.Engines`."""
+        return self._engines.restarts
 
     def start(self) -> None:
         """Load the model on every engine."""
-        self._all("start", self._timeout_s, lambda actor: actor.start.remote())
+        self._engines.start()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, version: int | None) -> list[RolloutGroup]:
-        """See `controller.Engines`. Prompts are dealt in turn; an engine's samples don't depend on the deal."""
-        count = len(self._actors)
-        refs = {
-            name: actor.generate.remote(prompts[number::count], sampling, version)
-            for number, (name, actor) in enumerate(self._actors.items())
-            if prompts[number::count]
-        }
-        results = list(gather(refs, phase="generate", timeout_s=self._timeout_s).values())
-        return [results[number % count][number // count] for number in range(len(prompts))]
+        """See `controller.Engines`. Prompts are dealt in turn; an engine's samples don't depend on the deal.
+
+        An engine that dies is started again and brought to `version`; its prompts are dealt anew.
+
+        Raises:
+            WorkerError: a worker failed or is late, or an engine died and may not be started again.
+        """
+        results: dict[int, RolloutGroup] = {}
+        while waiting := [row for row in range(len(prompts)) if row not in results]:
+            shares = {name: waiting[number :: len(self._actors)] for number, name in enumerate(self._actors)}
+            refs = {
+                name: self._actors[name].generate.remote([prompts[row] for row in rows], sampling, version)
+                for name, rows in shares.items()
+                if rows
+            }
+            found, died = gather_from_living(refs, phase="generate", timeout_s=self._timeout_s)
+            self._engines.note_answers(list(found))
+            for name, groups in found.items():
+                results |= dict(zip(shares[name], groups, strict=True))
+            if died is not None:
+                self._recover(died)
+        return [results[row] for row in range(len(prompts))]
 
     def update_weights(self, version: int, buckets: Iterable[object]) -> SyncReport:
         """See `controller.Engines`; `buckets` is what `RayPolicy.weight_buckets` gives. The first call settles the transport.
 
-        An engine that fails stays without a version and refuses to generate.
+        An engine that fails stays without a version and refuses to generate; one that dies is started again, and the update
+        is repeated for those that do not hold it yet.
 
         Raises:
-            WorkerError: a worker failed, died or is late: who, in which phase, and why.
+            WorkerError: a worker failed or is late, or died and may not be started again: who, in which phase, and why.
             ConfigError: planned copies were asked for, and can't be used.
         """
         weights = cast("PolicyWeights", buckets)
-        if not self._is_opened:
-            self._planned = open_planned_sync(self._actors, self._sync, weights)
-            self._is_opened = True
-        if self._planned is not None:
-            return self._planned.update(version, weights)
-        return self._stream(version, weights)
+        only: Collection[str] | None = None
+        while True:
+            try:
+                if not self._is_opened:
+                    self._planned = open_planned_sync(self._actors, self._sync, weights)
+                    self._is_opened = True
+                report = self._bring(version, weights, only)
+                break
+            except WorkersDied as died:
+                self._replace(died)
+                only = self._lagging(version)
+                if not only:
+                    raise
+        self._newest = (version, weights)
+        return report
 
-    def _stream(self, version: int, buckets: PolicyWeights) -> SyncReport:
-        timeout_s = self._sync.timeout_s
-        self._all("sync begin", timeout_s, lambda actor: actor.begin_update.remote(version))
+    def _recover(self, died: WorkersDied) -> None:
+        """Start dead engines again and bring them to the version that the others hold."""
+        while True:
+            self._replace(died)
+            if self._newest is None:
+                return
+            version, weights = self._newest
+            try:
+                self._bring(version, weights, self._lagging(version))
+                return
+            except WorkersDied as again:
+                died = again
+
+    def _replace(self, died: WorkersDied) -> None:
+        self._engines.replace(died)
+        if self._planned is not None:
+            self._planned.admit(died.workers)
+
+    def _lagging(self, version: int) -> list[str]:
+        """Engines that do not serve `version`, whatever they do serve; an update of theirs is given up."""
+        held = self._all(None, "sync begin", self._sync.timeout_s, lambda actor: actor.holds.remote(version))
+        lagging = [name for name, is_held in held.items() if not is_held]
+        self._all(lagging, "sync begin", self._sync.timeout_s, lambda actor: actor.abort_update.remote())
+        return lagging
+
+    def _bring(self, version: int, weights: PolicyWeights, only: Collection[str] | None) -> SyncReport:
+        if self._planned is not None:
+            return self._planned.update(version, weights, only=only)
+        return self._stream(version, weights, only)
+
+    def _stream(self, version: int, buckets: PolicyWeights, only: Collection[str] | None) -> SyncReport:
+        """Buckets are drawn to their end whoever dies: the trainer's ranks make them together."""
+        names = list(self._actors if only is None else only)
+        living, death = self._of_living(names, "sync begin", lambda actor: actor.begin_update.remote(version), None)
         num_tensors, num_bytes = 0, 0
         for ref, tensors, size in buckets:
-            self._all("sync transfer", timeout_s, lambda actor: actor.load_bucket.remote(ref))  # noqa: B023
+            load = partial(_load, ref)
+            living, death = self._of_living(living, "sync transfer", load, death)
             num_tensors, num_bytes = num_tensors + tensors, num_bytes + size
-        self._all("sync commit", timeout_s, lambda actor: actor.commit_update.remote(version, num_tensors))
-        return SyncReport(transport="stream", num_bytes=num_bytes * len(self._actors), floor_seconds=None)
+        living, death = self._of_living(
+            living, "sync commit", lambda actor: actor.commit_update.remote(version, num_tensors), death
+        )
+        if death is not None:
+            raise death
+        return SyncReport(transport="stream", num_bytes=num_bytes * len(names), floor_seconds=None)
 
-    def _all(self, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> dict[str, Any]:
-        return gather({name: call(actor) for name, actor in self._actors.items()}, phase=phase, timeout_s=timeout_s)
+    def _of_living(
+        self, names: Collection[str], phase: str, call: Callable[[Any], ray.ObjectRef], death: WorkersDied | None
+    ) -> tuple[list[str], WorkersDied | None]:
+        """Call engines; those that live, and the deaths so far as one."""
+        refs = {name: call(self._actors[name]) for name in names}
+        found, died = gather_from_living(refs, phase=phase, timeout_s=self._sync.timeout_s)
+        if died is not None and death is not None:
+            died = WorkersDied(str(death), [*death.workers, *died.workers])
+        return list(found), died or death
+
+    def _all(
+        self, only: Collection[str] | None, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]
+    ) -> dict[str, Any]:
+        names = self._actors if only is None else only
+        return gather({name: call(self._actors[name]) for name in names}, phase=phase, timeout_s=timeout_s)
+
+
+def _load(bucket: ray.ObjectRef, actor: Any) -> ray.ObjectRef:  # noqa: ANN401 (Ray's handle has no type)
+    return actor.load_bucket.remote(bucket)

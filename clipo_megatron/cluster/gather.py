@@ -1,10 +1,11 @@
-"""Waiting for Ray actors: the first cause of a failure, a deadline, and who is late."""
+"""Waiting for Ray actors: the first cause of a failure, a deadline, who died, and who is late."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -15,6 +16,22 @@ from clipo_megatron.errors import WorkerError
 
 GRACE_S = 3.0
 """After a first failure, seconds to wait for others: a peer's broken connection may arrive before its cause."""
+
+
+class WorkersDied(WorkerError):
+    """Processes of workers ended; the message tells how the first of them did."""
+
+    def __init__(self, message: str, workers: Sequence[str]) -> None:
+        super().__init__(message)
+        self.workers = tuple(workers)
+
+
+class WorkersLate(WorkerError):
+    """Workers have not answered by the deadline of a phase."""
+
+    def __init__(self, message: str, workers: Sequence[str]) -> None:
+        super().__init__(message)
+        self.workers = tuple(workers)
 
 
 def gather(refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) -> dict[str, Any]:
@@ -29,33 +46,75 @@ def gather(refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) -
         The results, by worker name.
 
     Raises:
-        WorkerError: a worker failed or died (the first cause is told), or some are late (their names are told).
+        WorkersDied: processes of workers ended.
+        WorkersLate: some have not answered by the deadline.
+        WorkerError: a worker failed (the first cause is told).
     """
-    names = {ref: name for name, ref in refs.items()}
-    pending, results, failures = list(refs.values()), {}, {}
+    found = _wait(refs, timeout_s, outlasts_deaths=False)
+    if found.failures:
+        raise _first_cause(found.failures, phase)
+    if found.late:
+        raise _late(found.late, phase, timeout_s)
+    return {name: found.results[name] for name in refs}
+
+
+def gather_from_living(
+    refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float
+) -> tuple[dict[str, Any], WorkersDied | None]:
+    """As `gather`, but a death is no reason to give up what the others do.
+
+    Returns:
+        The results of those that live, by worker name, and who died, if any did.
+
+    Raises:
+        WorkersLate: some that live have not answered by the deadline.
+        WorkerError: one that lives failed.
+    """
+    found = _wait(refs, timeout_s, outlasts_deaths=True)
+    cause = _first_cause(found.failures, phase) if found.failures else None
+    if cause is not None and not isinstance(cause, WorkersDied):
+        raise cause
+    if found.late:
+        raise _late(found.late, phase, timeout_s)
+    return {name: found.results[name] for name in refs if name in found.results}, cause
+
+
+@dataclass(kw_only=True, slots=True)
+class _Found:
+    """What came of a call of several workers, by worker name."""
+
+    results: dict[str, Any] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
+    late: list[str] = field(default_factory=list)
+
+
+def _wait(refs: Mapping[str, ray.ObjectRef], timeout_s: float, *, outlasts_deaths: bool) -> _Found:
+    names, pending, found = {ref: name for name, ref in refs.items()}, list(refs.values()), _Found()
     deadline = time.monotonic() + timeout_s
     while pending and time.monotonic() < deadline:
         done, pending = ray.wait(pending, num_returns=1, timeout=1.0)  # short, so that signals are seen
         for ref in done:
             try:
-                results[names[ref]] = ray.get(ref)
+                found.results[names[ref]] = ray.get(ref)
             except (RayError, WorkerError) as error:
-                if not failures:
+                found.failures[names[ref]] = error
+                if not (outlasts_deaths and isinstance(error, RayActorError)):
                     deadline = min(deadline, time.monotonic() + GRACE_S)
-                failures[names[ref]] = error
-    if failures:
-        raise _first_cause(failures, phase)
-    if pending:
-        late = ", ".join(sorted(names[ref] for ref in pending))
-        raise WorkerError(f"{phase}: not done after {timeout_s:.0f} s: {late}; the others are. Look at their logs")
-    return {name: results[name] for name in refs}
+    found.late = sorted(names[ref] for ref in pending)
+    return found
+
+
+def _late(names: Sequence[str], phase: str, timeout_s: float) -> WorkersLate:
+    return WorkersLate(
+        f"{phase}: not done after {timeout_s:.0f} s: {', '.join(names)}; the others are. Look at their logs", names
+    )
 
 
 def _first_cause(failures: Mapping[str, Exception], phase: str) -> WorkerError:
     """A death explains the broken connections of the others; else the earliest exception is the cause."""
-    for name, error in failures.items():
-        if isinstance(error, RayActorError):
-            return WorkerError(f"{name} died in {phase}: {_reason(error)}")
+    dead = {name: error for name, error in failures.items() if isinstance(error, RayActorError)}
+    for name, error in dead.items():
+        return WorkersDied(f"{name} died in {phase}: {_reason(error)}", list(dead))
     raised = {name: _worker_failure(error) for name, error in failures.items()}
     known = sorted((f for f in raised.values() if f is not None), key=lambda failure: failure.moment)
     if known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import ray
 
-from clipo_megatron.cluster.gather import gather
+from clipo_megatron.cluster.gather import WorkersDied, gather
 from clipo_megatron.cluster.policy import PolicyWeights
 from clipo_megatron.errors import ConfigError, WorkerError
 from clipo_megatron.parallel.layout import ParallelLayout
@@ -49,46 +49,66 @@ class SyncSettings:
 class PlannedSync:
     """Engines that have opened a plan and the trainer's memory."""
 
-    def __init__(self, actors: Mapping[str, Any], settings: SyncSettings, *, num_bytes: int, floor_s: float) -> None:
+    def __init__(
+        self,
+        actors: Mapping[str, Any],
+        settings: SyncSettings,
+        *,
+        plan: tuple[ray.ObjectRef, ray.ObjectRef],
+        num_bytes: int,
+        floor_s: float,
+    ) -> None:
         """See `open_planned_sync`."""
         self._actors = actors
         self._settings = settings
+        self._plan = plan
         self._num_bytes = num_bytes
         self._floor_s = floor_s
         self._is_first = True
 
-    def update(self, version: int, weights: PolicyWeights) -> SyncReport:
-        """Bring `version` to all engines. One that fails stays without a version and refuses to generate.
+    def admit(self, names: Collection[str]) -> None:
+        """Have engines that took the place of others open the plan.
+
+        Raises:
+            WorkerError: a worker failed, died or is late.
+        """
+        _of_all(self._only(names), self._settings, "sync begin", lambda actor: actor.open_plan.remote(*self._plan))
+
+    def update(self, version: int, weights: PolicyWeights, *, only: Collection[str] | None = None) -> SyncReport:
+        """Bring `version` to all engines, or to some. One that fails stays without a version and refuses to generate.
 
         Raises:
             WorkerError: a worker failed, died or is late: who, in which phase, and why.
         """
         verify = self._settings.verify
-        self.begin(version, weights)
-        self.transfer(version, weights, verify=verify == "always" or (verify == "first" and self._is_first))
-        self.commit(version)
+        self.begin(version, weights, only=only)
+        verified = verify == "always" or (verify == "first" and self._is_first)
+        self.transfer(version, weights, verify=verified, only=only)
+        self.commit(version, only=only)
         self._is_first = False
         return SyncReport(transport=_transport(self._settings), num_bytes=self._num_bytes, floor_seconds=self._floor_s)
 
-    def begin(self, version: int, weights: PolicyWeights) -> None:
+    def begin(self, version: int, weights: PolicyWeights, *, only: Collection[str] | None = None) -> None:
         """All trainer ranks offer `version`; then no engine serves anything."""
         timeout_s = self._settings.timeout_s
         with self._aborting():
             weights.offer(timeout_s=timeout_s)
-            self._all("sync begin", lambda actor: actor.begin_pull.remote(version, timeout_s))
+            self._all("sync begin", only, lambda actor: actor.begin_pull.remote(version, timeout_s))
 
-    def transfer(self, version: int, weights: PolicyWeights, *, verify: bool) -> None:
+    def transfer(
+        self, version: int, weights: PolicyWeights, *, verify: bool, only: Collection[str] | None = None
+    ) -> None:
         """All engines copy; then all trainer ranks must still offer the same weights."""
         timeout_s = self._settings.timeout_s
         with self._aborting():
-            self._all("sync transfer", lambda actor: actor.pull.remote(version, verify, timeout_s))
+            self._all("sync transfer", only, lambda actor: actor.pull.remote(version, verify, timeout_s))
             weights.confirm(timeout_s=timeout_s)
 
-    def commit(self, version: int) -> None:
+    def commit(self, version: int, *, only: Collection[str] | None = None) -> None:
         """All engines serve `version` from here on."""
         timeout_s = self._settings.timeout_s
         with self._aborting():
-            self._all("sync commit", lambda actor: actor.commit_pull.remote(version, timeout_s))
+            self._all("sync commit", only, lambda actor: actor.commit_pull.remote(version, timeout_s))
 
     @contextmanager
     def _aborting(self) -> Generator[None]:
@@ -99,8 +119,11 @@ class PlannedSync:
                 actor.abort_update.remote()
             raise
 
-    def _all(self, phase: str, call: Callable[[Any], ray.ObjectRef]) -> None:
-        _of_all(self._actors, self._settings, phase, call)
+    def _all(self, phase: str, only: Collection[str] | None, call: Callable[[Any], ray.ObjectRef]) -> None:
+        _of_all(self._only(only), self._settings, phase, call)
+
+    def _only(self, names: Collection[str] | None) -> dict[str, Any]:
+        return {name: actor for name, actor in self._actors.items() if names is None or name in names}
 
 
 def open_planned_sync(actors: Mapping[str, Any], settings: SyncSettings, weights: PolicyWeights) -> PlannedSync | None:
@@ -133,13 +156,14 @@ def _open(actors: Mapping[str, Any], settings: SyncSettings, weights: PolicyWeig
         for name, problem in problems.items():
             if problem:
                 return f"{name}: {problem}", None
-        plan = ray.put(_plan(settings))
-        handles = ray.put(weights.share(timeout_s=settings.timeout_s))
+        plan, handles = ray.put(_plan(settings)), ray.put(weights.share(timeout_s=settings.timeout_s))
         costs = _of_all(actors, settings, "sync begin", lambda actor: actor.open_plan.remote(plan, handles)).values()
+    except WorkersDied:
+        raise  # no fault of the plan
     except (WorkerError, ConfigError) as error:
         return str(error), None
     num_bytes, floor_s = sum(cost[0] for cost in costs), max(cost[1] for cost in costs)
-    return "", PlannedSync(actors, settings, num_bytes=num_bytes, floor_s=floor_s)
+    return "", PlannedSync(actors, settings, plan=(plan, handles), num_bytes=num_bytes, floor_s=floor_s)
 
 
 def _plan(settings: SyncSettings) -> str:

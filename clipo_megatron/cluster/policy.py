@@ -13,6 +13,7 @@ from clipo_megatron.checkpoint.dist_index import WrittenFile
 from clipo_megatron.checkpoint.export import export_hf
 from clipo_megatron.cluster.actors import PolicyActor
 from clipo_megatron.cluster.gather import gather
+from clipo_megatron.cluster.stack_dumps import telling_stacks
 from clipo_megatron.policy.settings import PolicySettings
 from clipo_megatron.records import RolloutBatch, Scores, TrainReport, WeightBucket
 
@@ -139,7 +140,8 @@ class RayPolicy:
     ) -> list[Any]:
         refs = {f"policy_{rank}": call(self._actors[rank]) for rank in ranks}
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        return list(gather(refs, phase=phase, timeout_s=limit_s).values())
+        with telling_stacks():
+            return list(gather(refs, phase=phase, timeout_s=limit_s).values())
 
     def _one_result(self, results: Sequence[Any]) -> Any:  # noqa: ANN401 (Scores or TrainReport)
         """What the one reporting rank returned."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from clipo_megatron.cluster.stack_dumps import install
 from clipo_megatron.errors import WorkerError
 
 
@@ -29,7 +30,7 @@ class LoggedWorker:
     worker_name: str
 
     def open_log(self, name: str, folder: str) -> None:
-        """Send this process's log records to `folder`/`name`.log."""
+        """Send this process's log records to `folder`/`name`.log, and its stacks when a worker of the run hangs."""
         self.worker_name = name
         Path(folder).mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(Path(folder) / f"{name}.log")
@@ -37,3 +38,4 @@ class LoggedWorker:
         root = logging.getLogger()
         root.addHandler(handler)
         root.setLevel(logging.INFO)
+        install(handler.stream)

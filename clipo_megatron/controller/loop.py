@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clipo_megatron.checkpoint.manifest import Progress, list_checkpoints
+from clipo_megatron.checkpoint.manifest import Progress, last_sound, list_checkpoints
 from clipo_megatron.checkpoint.retention import Retention
 from clipo_megatron.checkpoint.training import Resume, RunIdentity
 from clipo_megatron.checks.resume import has_optimizer, resume_notes
@@ -22,7 +22,7 @@ from clipo_megatron.controller.step import Step
 from clipo_megatron.controller.stop import StepAbandoned, StopRequest
 from clipo_megatron.data.order import PromptOrder
 from clipo_megatron.data.prompts import PromptSet
-from clipo_megatron.errors import ClipoError
+from clipo_megatron.errors import CheckError, ClipoError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.records import Sampling
 from clipo_megatron.rewards.pool import Verifiers
@@ -79,6 +79,8 @@ class TrainingLoop:
         self._saver = _make_saver(recipe, policy, train, self._folder / "checkpoints")
         self._sound = True
         """Whether all losses and gradients since the newest checkpoint were finite."""
+        self._unsound_steps = 0
+        """In a row, up to now."""
 
     def run(self) -> RunOutcome:
         """Run to the last step, or until a stop is asked for or time is up.
@@ -126,6 +128,7 @@ class TrainingLoop:
             self._stop.note(row)
             accuracy = mean_accuracy(row)
             self._sound = self._sound and is_sound(row)
+            self._count_unsound(row, progress)
             self._poll()
             if self._is_due(progress.step, section.every) and self._save(progress, accuracy=accuracy):
                 saved = progress
@@ -136,6 +139,19 @@ class TrainingLoop:
         with self._clock.phase("save"):
             self._saver.finish()
         return progress
+
+    def _count_unsound(self, row: dict[str, float], progress: Progress) -> None:
+        self._unsound_steps = 0 if is_sound(row) else self._unsound_steps + 1
+        limit = self._recipe.run.max_unsound_steps
+        if not limit or self._unsound_steps < limit:
+            return
+        good = last_sound(self._folder / "checkpoints")
+        raise CheckError(
+            f"steps {progress.step - limit + 1} to {progress.step}: losses or gradients were not finite {limit} steps in a row "
+            f"(run.max_unsound_steps); the last good checkpoint is {good or 'none'}. Look at policy/grad_norm, "
+            "rollout/response_length_max and the rollouts of these steps; a lower optimizer.learning_rate, a tighter "
+            "optimizer.clip_grad or a wider precision.recipe helps. To go on from there, remove the step folders after it"
+        )
 
     def _one_step(self, progress: Progress) -> tuple[Progress, dict[str, float]]:
         algorithm, step = self._recipe.algorithm, progress.step + 1
@@ -149,6 +165,7 @@ class TrainingLoop:
             evaluation = self._evaluate(progress)
         metrics = step_metrics(report, reward_floor=self._recipe.contrastive.reward_floor, seconds=self._clock.take())
         epoch = progress.prompts_taken / len(self._train)
+        metrics["rollout/engine_restarts"] = float(self._engines.restarts)
         return progress, {"step": float(step), "epoch": epoch} | metrics | evaluation | self._saver.take_metrics()
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:

@@ -65,6 +65,7 @@ METRICS: dict[str, str] = {
     "rollout/mixed_group_share": "share of prompts with right and wrong rollouts",
     "rollout/duplicate_share": "share of rollouts that repeat an earlier one of their group token by token",
     "rollout/tokens_per_s": "response tokens generated a second, over all engines",
+    "rollout/engine_restarts": "engines started again because their processes ended, since this start of the run",
     "checkpoint/snapshot_seconds": "training stood still while all ranks copied their state, since the last line",
     "checkpoint/write_seconds": "from the copy to the complete checkpoint, as seen between two phases of training",
     "checkpoint/wait_seconds": "training stood still because the checkpoint before was still being written",

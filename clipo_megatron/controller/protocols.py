@@ -67,6 +67,11 @@ class Sampler(Protocol):
 class Engines(Sampler, Protocol):
     """The rollout side of a run: all engines as one, kept at the policy's version."""
 
+    @property
+    def restarts(self) -> int:
+        """Engines that were started again because their processes ended, so far."""
+        ...
+
     def update_weights(self, version: int, buckets: Iterable[object]) -> SyncReport:
         """Bring all weights to every engine and commit them as `version`."""
         ...

@@ -98,6 +98,7 @@ _NOT_IN_FINGERPRINT: tuple[tuple[str, str], ...] = (
     ("sync", ""),
     ("optimizer", "cpu_offload"),
     ("rollout", "engines"),
+    ("rollout", "max_restarts"),
     ("rollout", "tp"),
     ("rollout", "max_num_seqs"),
     ("rollout", "gpu_memory_utilization"),
@@ -118,6 +119,7 @@ _NOT_IN_FINGERPRINT: tuple[tuple[str, str], ...] = (
     ("run", "steps"),
     ("run", "resume"),
     ("run", "accept"),
+    ("run", "max_unsound_steps"),
     ("run", "gate_max_logprob_difference"),
     ("run", "gate_mean_logprob_difference"),
     # The hash of the prompts themselves says more than the names of their files.

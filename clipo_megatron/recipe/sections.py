@@ -105,6 +105,9 @@ class RolloutSection(Section):
     """A response that reaches this length is cut and counted as truncated."""
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Used by sampling and by the trainer's log-probs alike. vLLM raises smaller ones to 0.01."""
+    max_restarts: NotNegative = 20
+    """Engines whose processes ended that are started again, over the whole run; the same step is completed. An engine that dies
+    three times in a row without an answer in between ends the run whatever this allows."""
     max_num_seqs: Positive = 256
     """Requests that one engine runs at the same time."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
@@ -296,6 +299,8 @@ class RunSection(Section):
     """Changes under which a run may go on from its checkpoint, though its numbers change: recipe (keys of the recipe), data
     (the training prompts), reference (the weights that the KL loss refers to), no_optimizer (a checkpoint without optimizer
     state: fresh moments). Another layout needs none."""
+    max_unsound_steps: NotNegative = 3
+    """Steps in a row with a loss or gradient that is not finite (their updates are left out) after which the run ends; 0: never."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = False
     """Write TensorBoard event files besides metrics.jsonl."""

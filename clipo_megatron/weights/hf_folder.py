@@ -1,19 +1,23 @@
-"""Hugging Face model folders, read: all headers are checked at once, weights come slice by slice."""
+"""Hugging Face model folders, read: all headers are checked at once, weights come slice by slice.
+
+Loads without torch, which only the reading of weights needs.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.weights.architecture import read_json_object
 from clipo_megatron.weights.safetensors_header import StoredTensor, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -78,6 +82,8 @@ class HFReader:
 
     def slice(self, name: str, *, dim: int, start: int, stop: int) -> Tensor:
         """Entries [start, stop) along `dim`, 0 or 1, of a tensor: only they are read. A copy, on the CPU."""
+        import torch
+
         stored = self._handle(name).get_slice(name)
         part = stored[start:stop] if dim == 0 else stored[:, start:stop]
         # What safetensors returns is a view of the mapped file: writing to it would change later reads.

@@ -161,6 +161,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             log_folder=logs,
             timeout_s=2 * TIMEOUT_S,
             sync=_sync_settings(folder),
+            max_restarts=0,
         )
         policy.start()
         engines.start()
@@ -180,6 +181,7 @@ def _among(planned: PlannedSync, names: list[str], timeout_s: float = TIMEOUT_S)
     return PlannedSync(
         {name: planned._actors[name] for name in names},
         _sync_settings(planned._settings.model_path, timeout_s),
+        plan=planned._plan,
         num_bytes=planned._num_bytes,
         floor_s=planned._floor_s,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import TwoRanks, make_identity, read_values, values_of
+from support.checkpoints import TwoRanks, make_identity, read_values, values_of, write_checkpoint
 
 from clipo_megatron.checkpoint.manifest import Progress, find_damage, list_checkpoints
 from clipo_megatron.checkpoint.retention import Retention
@@ -16,13 +16,15 @@ from clipo_megatron.controller.loop import TrainingLoop
 from clipo_megatron.controller.saving import CheckpointSaver
 from clipo_megatron.controller.stop import StopRequest
 from clipo_megatron.data.prompts import PromptSet
-from clipo_megatron.errors import EngineError, WorkerError
+from clipo_megatron.errors import CheckError, EngineError, WorkerError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, Sampling, Verdict, VersionSpan
 
 
 class FailingEngines:
     """Sample in the first step and fail in the second one, while the ranks still write."""
+
+    restarts = 0
 
     def __init__(self, may_write: threading.Event) -> None:
         self._may_write = may_write
@@ -88,6 +90,39 @@ def test_a_run_that_fails_while_a_checkpoint_is_written_completes_it_and_tells_i
     [checkpoint] = list_checkpoints(tmp_path / "try" / "checkpoints")
     assert find_damage(checkpoint) == []
     assert torch.equal(read_values(checkpoint), values_of(7))
+
+
+def test_steps_that_are_not_finite_end_a_run_only_if_they_come_in_a_row_and_the_last_good_checkpoint_is_named(tmp_path):
+    run = make_identity(tmp_path / "run")
+    recipe = Recipe.model_validate(
+        {
+            "run": {"name": "try", "folder": str(tmp_path), "max_unsound_steps": 3},
+            "model": {"path": str(run.model_path)},
+            "data": {"train": ["train.parquet"]},
+            "algorithm": {"prompts_per_step": 1, "group_size": 2, "kl": {"coefficient": 0.0}},
+        }
+    )
+    prompt = Prompt(index=0, token_ids=np.zeros(1, np.int32), answer="1", verifier="math", source="s")
+    loop = TrainingLoop(
+        recipe,
+        policy=IdlePolicy(),
+        engines=FailingEngines(threading.Event()),
+        verifiers=Undecided(),
+        train=PromptSet(prompts=(prompt,), num_overlong=0),
+        evaluation=None,
+        resume=None,
+        on_row=lambda _row: None,
+        stop=StopRequest(),
+    )
+    for step, sound in ((2, True), (4, False)):
+        write_checkpoint(tmp_path / "try" / "checkpoints", step, run=run, sound=sound)
+    good, bad = {"policy/loss": 1.0}, {"policy/loss": 1.0, "policy/skipped_updates": 2.0}
+    for step, row in enumerate((bad, bad, good, bad, bad), 1):
+        loop._count_unsound(row, Progress(step=step))
+    with pytest.raises(
+        CheckError, match=r"steps 4 to 6: .* 3 steps in a row .*last good checkpoint is .*/step_00000002\."
+    ):
+        loop._count_unsound(bad, Progress(step=6))
 
 
 def test_what_can_not_be_completed_is_logged_and_not_raised_and_nothing_is_left(tmp_path, caplog):

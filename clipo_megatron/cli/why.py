@@ -1,0 +1,84 @@
+"""`clipo why JOBID`: the first cause of a job's failure, out of the logs of all its nodes and ranks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from clipo_megatron.errors import ConfigError
+from clipo_megatron.slurm.job_folder import jobs_folder, read_job
+from clipo_megatron.slurm.job_logs import choose_attempt
+from clipo_megatron.slurm.why import Explanation, FatalError, explain, explain_output
+
+_SHOWN = 10
+_SCONTROL_S = 20.0
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Declare the command."""
+    parser = commands.add_parser("why", help="why a job of SLURM ended", description=__doc__)
+    parser.add_argument("job", metavar="JOBID", help="number of the job, or its folder")
+    parser.add_argument("--attempt", type=int, metavar="N", help="of a job that was requeued (default: the newest)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print node, cause and remedy of the first failure, then what followed; 1 where no log tells a cause.
+
+    Raises:
+        ConfigError: no such job.
+    """
+    job = Path(args.job) if "/" in args.job else jobs_folder() / args.job
+    output = _output(job)
+    if not job.is_dir():
+        if output is None:
+            raise ConfigError(
+                f"{job}: no folder of a job there; give a job's number, and set CLIPO_JOBS_DIR as the job had it"
+            )
+        return _print(explain_output(output))
+    return _print(explain(job, choose_attempt(job, args.attempt), output=output))
+
+
+def _output(job: Path) -> Path | None:
+    """SLURM's own output file of a job: as SLURM tells while it remembers the job, else where it lies by default."""
+    number, folders = job.name, [Path.cwd(), job.parent, job.parent.parent]
+    if shutil.which("scontrol") and number.isdigit():
+        command = ["scontrol", "--oneliner", "show", "job", number]
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, timeout=_SCONTROL_S, check=False).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            told = ""
+        if (match := re.search(r"\bStdOut=(\S+)", told)) and Path(match[1]).is_file():
+            return Path(match[1])
+    with contextlib.suppress(ConfigError):  # it may have failed before job.json was written
+        folders.insert(0, Path(read_job(job).folder))
+    names = (folder / f"slurm-{number}.out" for folder in folders)
+    return next((path for path in names if path.is_file()), None)
+
+
+def _print(explanation: Explanation) -> int:
+    first, where = explanation.first, explanation.attempt
+    if first is None:
+        print(f"no fatal line in the logs of {where}; its last phase: {explanation.phase or 'none'}")
+        print("running, done, or killed from outside: look at `squeue` and `scontrol show job`")
+        return 1
+    print(f"node:   {first.host}, in phase {first.phase}, {_clock(first)}")
+    print(f"cause:  {first.cause}")
+    print(f"remedy: {first.remedy}")
+    print(f"log:    {first.file}:{first.line}")
+    if explanation.others:
+        print("the others, in order of time:")
+    for error in explanation.others[:_SHOWN]:
+        print(f"  {_clock(error)} {error.host} {error.phase}: {error.cause[:200]} ({error.file.name}:{error.line})")
+    if len(explanation.others) > _SHOWN:
+        print(f"  and {len(explanation.others) - _SHOWN} more")
+    return 0
+
+
+def _clock(error: FatalError) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(error.moment))

@@ -1,0 +1,197 @@
+"""What fatal lines of logs look like, what they mean and what to do. Loads without torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownError:
+    """One kind of fatal line."""
+
+    pattern: re.Pattern[str]
+    cause: str
+    """With the pattern's groups as {name}, and {line} for all of the line."""
+    remedy: str
+    is_follower: bool = False
+    """Usually told by those whom another's failure has hit."""
+    in_any_line: bool = True
+    """False: only as the last line of a traceback, for elsewhere it is talk."""
+
+
+def find_known(line: str, *, is_exception: bool = False) -> tuple[str, str, bool] | None:
+    """(cause, remedy, is a follower) of a line; None where it is no known fatal one.
+
+    Args:
+        line: of a log.
+        is_exception: it is the last line of a Python traceback.
+    """
+    for known in KNOWN_ERRORS:
+        if (is_exception or known.in_any_line) and (match := known.pattern.search(line)):
+            groups = {name: value or "" for name, value in match.groupdict().items()}
+            return known.cause.format(line=_short(line), **groups), known.remedy, known.is_follower
+    return None
+
+
+def _short(line: str) -> str:
+    text = " ".join(line.split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _known(pattern: str, cause: str, remedy: str, *, is_follower: bool = False, in_any_line: bool = True) -> KnownError:
+    return KnownError(
+        pattern=re.compile(pattern), cause=cause, remedy=remedy, is_follower=is_follower, in_any_line=in_any_line
+    )
+
+
+KNOWN_ERRORS = (
+    # SLURM's own words.
+    _known(
+        r"CANCELLED AT (?P<when>\S+) DUE TO TIME LIMIT",
+        "the time limit of the job was reached at {when}",
+        "submit it again: it goes on from its newest checkpoint; ask for more --time, or lower checkpoint.every",
+    ),
+    _known(
+        r"Node failure on (?P<node>\S+)",
+        "the node {node} failed",
+        "requeue the job (it goes on from its newest checkpoint); exclude the node with --exclude if it fails again",
+    ),
+    _known(
+        r"CANCELLED AT (?P<when>\S+) DUE TO NODE FAILURE",  # told by the nodes that live
+        "another node of the job failed at {when}",
+        "requeue the job (it goes on from its newest checkpoint); `sinfo -R` names the node: --exclude it if it fails again",
+        is_follower=True,
+    ),
+    _known(
+        r"CANCELLED AT (?P<when>\S+) DUE TO PREEMPTION",
+        "the job was preempted at {when}",
+        "it goes on from its newest checkpoint when it is requeued",
+    ),
+    _known(
+        r"[Dd]etected \d+ oom[-_]kill event|Out Of Memory|oom-kill|OOM Killed|[Oo]ut of memory: Killed process",
+        "the kernel killed a process for lack of host memory ({line})",
+        "ask for more memory (--mem=0); fewer rewards.workers, no optimizer.cpu_offload, or more nodes",
+    ),
+    _known(
+        r"Workers? .*killed due to memory pressure|killed due to the node running low on memory|OutOfMemoryError: Task was|address the out of memory issue",
+        "Ray killed a worker because its node ran out of host memory",
+        "ask for more memory (--mem=0); fewer rewards.workers, no optimizer.cpu_offload, or more nodes",
+    ),
+    # Devices.
+    _known(
+        r"(CUDA out of memory|cuda OutOfMemoryError|OutOfMemoryError: CUDA)",
+        "a GPU ran out of memory ({line})",
+        "lower layout.micro_batch_tokens or rollout.gpu_memory_utilization, or recompute more; see `clipo plan memory`",
+    ),
+    _known(
+        r"No available memory for the cache blocks|Free memory on device .* is less than desired GPU memory utilization",
+        "a vLLM engine has no memory left for its KV cache ({line})",
+        "raise rollout.gpu_memory_utilization or rollout.tp; end other processes on that GPU",
+    ),
+    _known(
+        r"(uncorrectable (ECC )?error|CUDA error: .*|Xid.*\(PCI.*|GPU is lost|fallen off the bus)",
+        "a GPU failed ({line})",
+        "exclude the node with --exclude and tell the site",
+    ),
+    # Files.
+    _known(
+        r"No space left on device|\[Errno 28\]",
+        "no space left on a disk ({line})",
+        "free space there: /tmp of that node, or the run folder's file system; `clipo doctor --level node` measures both",
+    ),
+    _known(
+        r"Disk quota exceeded|\[Errno 122\]",
+        "the disk quota is used up ({line})",
+        "free space, or choose another run.folder",
+    ),
+    _known(
+        r"Read-only file system|\[Errno 30\]",
+        "a folder can't be written to: read-only file system ({line})",
+        "mount it writable on that node, or choose another run.folder (or CLIPO_JOBS_DIR for the logs)",
+    ),
+    _known(
+        r"Bus error|SIGBUS|signal 7\b|exit code 135\b",
+        "a process ended by a bus error: /dev/shm of that node is full or too small",
+        "remove leftovers from /dev/shm there, or enlarge it; in a container give it the host's",
+    ),
+    _known(
+        r"(?P<what>\S+): command not found|execve\(\): (?P<program>[^:]+): No such file or directory",
+        "a program is not to be found: {what}{program}",
+        "correct the environment (PATH, module, virtual environment) in the site's env file, on every node",
+    ),
+    _known(
+        r"(bash|sbatch|slurm_script|\.sh|srun).*: Permission denied|execve\(\): .*: Permission denied",
+        "permission denied ({line})",
+        "make the file executable, or the folder readable, for your user on that node",
+    ),
+    _known(
+        r"PermissionError: \[Errno 13\] .*",
+        "permission denied ({line})",
+        "give your user the right to that path on that node, or choose another one",
+        in_any_line=False,
+    ),
+    _known(
+        r"ModuleNotFoundError: No module named (?P<module>\S+)",
+        "the Python package {module} is missing on that node",
+        "install the pinned requirements there, or run in the container",
+    ),
+    _known(
+        r"unrecognized option '--container-image",
+        "CONTAINER_IMAGE is set and this SLURM has no pyxis",
+        "unset CONTAINER_IMAGE and use an environment that all nodes see, or ask the site for pyxis",
+    ),
+    # Network.
+    _known(
+        r"Address already in use|EADDRINUSE|\[Errno 98\]",
+        "a port is taken ({line})",
+        "end what listens there (`ss -ltnp` on that node), or choose another port",
+    ),
+    _known(
+        r"AF_UNIX path length cannot exceed|AF_UNIX path too long",
+        "the path of Ray's temporary folder is too long for a socket",
+        "set TMPDIR to a short folder such as /tmp",
+    ),
+    # Engines.
+    _known(
+        r"(Engine core initialization failed|Failed to load model|not supported.*vLLM|Model architectures? \[.*\] are not supported)",
+        "a vLLM engine did not start ({line})",
+        "read the lines above it in that log; `clipo doctor --level model` starts an engine alone",
+    ),
+    # What follows from another's failure.
+    _known(
+        r"Watchdog caught collective operation timeout|Collective operation timed out|Timed out waiting \d+ms for",
+        "a collective did not end in time: another rank hangs or died ({line})",
+        "find the rank that is missing in it: the stack dumps of all ranks lie in the workers' logs",
+        is_follower=True,
+    ),
+    _known(
+        r"Connection closed by peer|Connection reset by peer|Broken pipe|NCCL error.*remote process exited|ncclRemoteError|ncclSystemError",
+        "the connection to another rank broke ({line})",
+        "look for the rank that ended first",
+        is_follower=True,
+    ),
+    _known(
+        r"(ActorDiedError|The actor died unexpectedly|RayActorError|ActorUnavailableError|OwnerDiedError|NodeDiedError).*",
+        "a Ray worker died ({line})",
+        "look for the cause in that worker's log; without one it was killed: host memory, or from outside",
+        is_follower=True,
+    ),
+    _known(
+        r"srun: error: \S+: tasks? [\d,-]+: (?:Killed|Terminated)|signal 9\b|SIGKILL|exit code 137\b",
+        "a process was killed ({line})",
+        "host memory (dmesg, --mem=0), the end of the job, or someone's hand",
+        is_follower=True,
+    ),
+    _known(
+        r"srun: error: \S+: tasks? [\d,-]+: (?P<how>Exited with exit code (?!85\b)\d+|Segmentation fault.*|Aborted.*)",
+        "a step of the job ended: {how}",
+        "read that node's log",
+        is_follower=True,
+    ),
+    _known(
+        r"Segmentation fault|SIGSEGV|Fatal Python error: (?P<what>.*)",
+        "a process crashed ({line})",
+        "read the stack in that log; compare the packages of the nodes: `clipo doctor --level node`",
+    ),
+)

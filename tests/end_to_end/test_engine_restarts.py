@@ -1,0 +1,103 @@
+"""Laws of a run whose engines die: it completes every step, and its numbers are those of a run whose engines live."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run_clipo, start_clipo
+
+STEPS = 16
+DEATHS = 5
+OVERRIDES = ("layout.world_size=1", "layout.tp=1", "rollout.engines=2", f"run.steps={STEPS}", "checkpoint.every=3")
+VOLATILE = ("seconds/", "checkpoint/", "sync/")
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {
+            key: value
+            for key, value in row.items()
+            if not key.startswith(VOLATILE) and not key.endswith("_per_s") and key != "rollout/engine_restarts"
+        }
+        for row in rows
+    ]
+
+
+def _processes(run: Path) -> dict[str, int]:
+    """Process of each log of an engine, those of earlier processes included."""
+    found = {}
+    for log in sorted((run / "logs").glob("engine_*.log")):
+        if told := re.search(r"engine \d is process (\d+)", log.read_text()):
+            found[log.name] = int(told[1])
+    return found
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def undisturbed(write_recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_clipo("train", write_recipe(folder, "run"), *OVERRIDES)
+    return folder / "run"
+
+
+def test_a_run_whose_engines_are_killed_five_times_completes_every_step_with_the_same_numbers(
+    write_recipe, tmp_path, undisturbed
+):
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"moments of seed {seed}")
+    moments = random.Random(seed)
+    run = tmp_path / "run"
+    process = start_clipo("train", write_recipe(tmp_path, "run"), *OVERRIDES)
+    killed: list[int] = []
+    metrics, after = run / "metrics.jsonl", 0
+    while len(killed) < DEATHS and process.poll() is None:
+        step = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        if step > after:  # all engines have answered since the death before
+            time.sleep(moments.uniform(0.0, 0.3))
+            pid = moments.choice([pid for pid in _processes(run).values() if pid not in killed and _is_alive(pid)])
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+            after = len(metrics.read_text().splitlines()) + 1  # the step at hand may need none of it any more
+        time.sleep(0.01)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{out}\n{err}"
+    assert len(killed) == DEATHS
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["rollout/engine_restarts"] == DEATHS
+    assert _metrics(run) == _metrics(undisturbed)
+    # Nothing of the dead is left: no process, no socket.
+    assert not [pid for pid in _processes(run).values() if _is_alive(pid)]
+
+
+def test_an_engine_that_dies_at_once_again_and_again_ends_the_run_with_its_name_and_log(write_recipe, tmp_path):
+    run = tmp_path / "run"
+    process = start_clipo("train", write_recipe(tmp_path, "run"), *OVERRIDES)
+    killed: set[int] = set()
+    while process.poll() is None:
+        # Of the first start no engine comes back: what ends it there is the recipe's or the machine's fault.
+        started = (run / "metrics.jsonl").exists()
+        for log, pid in _processes(run).items():
+            if started and log.startswith("engine_1") and pid not in killed and _is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+        time.sleep(0.1)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "engine_1" in err
+    assert f"{run}/logs" in err
+    assert "death 3 of engine_1 in a row" in err
+    assert len(killed) == 3

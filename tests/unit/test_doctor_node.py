@@ -1,0 +1,284 @@
+"""Laws of the doctor's node level: each thing that a host can lack is found on a host that lacks it, and only there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from support.tiny_models import make_tiny_hf
+
+from clipo_megatron.cli.doctor import read_ports
+from clipo_megatron.doctor import node, packages
+from clipo_megatron.doctor.devices import gpu_findings, parse_gpus, query_gpus
+from clipo_megatron.doctor.finding import Status
+from clipo_megatron.doctor.node import NodeCase, run_node
+from clipo_megatron.recipe import load_recipe
+from clipo_megatron.slurm.ports import free_ports
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_hf(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+@pytest.fixture
+def recipe_file(tmp_path, model):
+    rows = [json.dumps({"question": f"What is {n} + 1?", "answer": str(n + 1)}) for n in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
+    content = {
+        "run": {"name": "r", "folder": str(tmp_path / "runs"), "steps": 5, "device": "cpu"},
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": [str(tmp_path / "train.jsonl")]},
+        "layout": {"micro_batch_tokens": 4096},
+        "rollout": {"max_response_tokens": 256},
+        "algorithm": {"prompts_per_step": 4},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def recipe(recipe_file):
+    return load_recipe(recipe_file)
+
+
+def failed(case):
+    findings, _ = run_node(case)
+    assert all(finding.remedy for finding in findings if finding.status in (Status.WARN, Status.FAIL))
+    return {finding.check for finding in findings if finding.status is Status.FAIL}
+
+
+@contextlib.contextmanager
+def small_file_system(folder, kind, options):
+    """A file system of its own at `folder`; needs root and the right to mount."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if subprocess.run(["mount", "-t", kind, "-o", options, kind, folder], capture_output=True).returncode:
+        pytest.skip("file systems can't be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_sound_host_fails_nothing(recipe):
+    assert failed(NodeCase(recipe=recipe)) == set()
+
+
+def test_a_read_only_run_folder_is_found(recipe, tmp_path):
+    with small_file_system(tmp_path / "runs", "tmpfs", "ro,size=1m"):
+        findings, _ = run_node(NodeCase(recipe=recipe))
+    told = [finding for finding in findings if finding.status is Status.FAIL]
+    assert {finding.check for finding in told} == {"run folder"}
+    assert "Read-only file system" in told[0].cause
+    assert str(tmp_path / "runs") in told[0].cause
+
+
+def test_a_read_only_log_folder_is_found(recipe, tmp_path):
+    with small_file_system(tmp_path / "logs", "tmpfs", "ro,size=1m"):
+        assert failed(NodeCase(recipe=recipe, log_folders=[tmp_path / "logs"])) == {"log folder"}
+
+
+def test_a_full_temporary_folder_is_found(recipe, tmp_path, monkeypatch):
+    with small_file_system(tmp_path / "tmp", "tmpfs", "size=64k"):
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+        with contextlib.suppress(OSError), (tmp_path / "tmp" / "full").open("wb") as file:
+            file.write(b"\0" * (1 << 20))
+        findings = [node.check_temporary(tmp_path / "tmp")]
+        assert failed(NodeCase(recipe=recipe)) == {"temporary folder"}
+    assert "No space left" in findings[0].cause
+
+
+def test_a_small_temporary_folder_is_found_before_it_is_full(tmp_path):
+    with small_file_system(tmp_path / "tmp", "tmpfs", "size=10m"):
+        assert node.check_temporary(tmp_path / "tmp").status is Status.FAIL
+    with small_file_system(tmp_path / "tmp", "tmpfs", "size=1g"):
+        assert node.check_temporary(tmp_path / "tmp").status is Status.WARN
+
+
+def test_too_little_shared_memory_is_found(tmp_path):
+    with small_file_system(tmp_path / "shm", "tmpfs", "size=64m"):
+        assert node.check_shared_memory(tmp_path / "shm", needed=32 << 20).status is Status.OK
+        assert node.check_shared_memory(tmp_path / "shm", needed=65 << 20).status is Status.FAIL
+    assert node.check_shared_memory(tmp_path / "none", needed=1).status is Status.FAIL
+
+
+def test_a_long_temporary_folder_leaves_no_room_for_sockets(recipe, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 60)
+    assert failed(NodeCase(recipe=recipe)) == {"socket path"}
+
+
+@pytest.mark.parametrize(("limit", "status"), [(1024, "FAIL"), (20000, "WARN"), (65535, "OK"), (-1, "OK")])
+def test_a_low_limit_of_open_files_is_found(limit, status):
+    assert node.check_open_files(limit).status == status
+
+
+def test_the_limit_that_is_looked_at_is_this_hosts(recipe, monkeypatch):
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    findings, _ = run_node(NodeCase(recipe=recipe))
+    told = next(finding for finding in findings if finding.check == "open files")
+    assert told.cause == f"ulimit -Hn = {'unlimited' if hard < 0 else hard}"
+
+
+@pytest.mark.parametrize(
+    ("limit", "is_gpu", "status"), [(8 << 20, True, "WARN"), (8 << 20, False, "OK"), (-1, True, "OK")]
+)
+def test_little_locked_memory_is_told_where_nccl_may_need_it(limit, is_gpu, status):
+    assert node.check_locked_memory(limit, is_gpu=is_gpu).status == status
+
+
+ENVIRONMENTS = {
+    "nothing set": ({}, "OK"),
+    "expandable segments": ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "FAIL"),
+    "expandable segments by the new name": ({"PYTORCH_ALLOC_CONF": "a:1,expandable_segments:True"}, "FAIL"),
+    "a rank of another job": ({"RANK": "3"}, "WARN"),
+    "a proxy": ({"http_proxy": "http://p:3128"}, "WARN"),
+    "a proxy that spares the nodes": ({"http_proxy": "http://p:3128", "no_proxy": "n1,n2"}, "OK"),
+    "no home": ({"HOME": "/nowhere"}, "WARN"),
+}
+
+
+@pytest.mark.parametrize("what", ENVIRONMENTS)
+def test_variables_that_mislead_workers_are_found(what, tmp_path):
+    variables, status = ENVIRONMENTS[what]
+    findings = node.check_environment({"HOME": str(tmp_path)} | variables, is_gpu=True)
+    assert [finding.status for finding in findings] == [status]
+
+
+def test_a_name_that_leads_to_this_host_alone_is_told():
+    assert node.check_address("localhost").status is Status.WARN
+    assert node.check_address("no-such-host.invalid").status is Status.WARN
+    assert node.check_address("10.77.0.1").status is Status.OK
+
+
+def test_a_taken_port_is_found_with_its_service(recipe, tmp_path):
+    with socket.socket() as server, socket.socket() as probe:
+        server.bind(("", 0))
+        server.listen()
+        probe.bind(("", 0))
+        free = probe.getsockname()[1]
+        probe.close()
+        taken = server.getsockname()[1]
+        (tmp_path / "ports").write_text(f"host=n1\nray={taken}\nother={free}\n")
+        ports = read_ports(tmp_path / "ports")
+        assert ports == {"ray": taken, "other": free}
+        findings, _ = run_node(NodeCase(recipe=recipe, ports=ports))
+        assert failed(NodeCase(recipe=recipe, ports={"other": free})) == set()
+    told = [finding for finding in findings if finding.status is Status.FAIL]
+    assert [finding.check for finding in told] == ["ports"]
+    assert f"port {taken} of ray" in told[0].cause
+
+
+def test_too_few_free_ports_are_found(recipe):
+    def find(count):
+        raise OSError(f"{count} ports are needed, 3 of 20000 to 20002 are free")
+
+    assert failed(NodeCase(recipe=recipe, find_ports=find)) == {"free ports"}
+    assert failed(NodeCase(recipe=recipe, find_ports=free_ports)) == set()
+
+
+def test_host_memory_below_what_the_ranks_need_is_found(recipe):
+    needed = node.estimate_memory(recipe, node.read_architecture(Path(recipe.model.path))).host_bytes
+    assert needed > 0
+    assert node.check_host_memory(recipe, available=3 * needed - 1, ranks=3).status is Status.FAIL
+    assert node.check_host_memory(recipe, available=3 * needed, ranks=3).status is Status.OK
+    assert node.check_host_memory(recipe, available=None, ranks=3).status is Status.SKIP
+
+
+def test_a_job_that_ends_before_two_steps_would_is_found(recipe, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    (tmp_path / "runs" / "r" / "metrics.jsonl").write_text('{"step": 1, "seconds/step": 500.0}\nnot json\n')
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(node.time.time()) + 900))
+    assert failed(NodeCase(recipe=recipe)) == {"job time"}
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(node.time.time()) + 1100))
+    assert failed(NodeCase(recipe=recipe)) == set()
+
+
+def test_a_missing_package_is_found(recipe, monkeypatch):
+    versions = packages._versions()
+    for name in ("ray", "torch"):
+        without = {package: version for package, version in versions.items() if package != name}
+        monkeypatch.setattr(packages, "_versions", lambda without=without: without)
+        assert failed(NodeCase(recipe=recipe)) == {"packages"}
+
+
+def test_another_version_and_other_code_change_the_facts(tmp_path):
+    """Both looked at by a Python that finds a package's metadata, or the project's code, elsewhere first."""
+    facts = packages.package_facts()
+    info = tmp_path / "ray-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ray\nVersion: 0.1\n")
+    code = "import json; from clipo_megatron.doctor.packages import package_facts; print(json.dumps(package_facts()))"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=True
+    )
+    other = json.loads(done.stdout)
+    assert {name for name in facts if facts[name] != other[name]} == {"package ray"}
+    assert other["package ray"] == "0.1"
+
+
+def test_other_model_files_weights_and_data_change_their_facts(recipe, recipe_file, tmp_path):
+    before = run_node(NodeCase(recipe=recipe))[1]
+    other = make_tiny_hf(tmp_path / "other", "qwen3", seed=1)
+    changed = run_node(NodeCase(recipe=load_recipe(recipe_file, [f"model.path={other}"])))[1]
+    assert {name for name in before if before[name] != changed[name]} - {"clock ahead", "recipe"} == {"model weights"}
+    (tmp_path / "train.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    changed = run_node(NodeCase(recipe=recipe))[1]
+    assert {name for name in before if before[name] != changed[name]} - {"clock ahead"} == {"data"}
+    missing = run_node(NodeCase(recipe=load_recipe(recipe_file, ["model.path=/nowhere"])))[1]
+    assert missing["model weights"] == "missing"
+
+
+GOOD = "0, NVIDIA H100 80GB HBM3, 550.54, 81559, 4, 0, Enabled, Not Active"
+GPUS = {
+    "sound": ([GOOD], "OK"),
+    "uncorrected errors": ([GOOD.replace("4, 0,", "4, 2,")], "FAIL"),
+    "memory in use": ([GOOD.replace("81559, 4,", "81559, 30000,")], "FAIL"),
+    "slowed down": ([GOOD.replace("Not Active", "Active")], "WARN"),
+    "no persistence": ([GOOD.replace("Enabled", "Disabled")], "WARN"),
+    "without ECC": ([GOOD.replace("4, 0,", "4, [N/A],")], "OK"),
+    "one too few": ([], "FAIL"),
+    "a lost GPU": (["Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost"], "FAIL"),
+}
+
+
+@pytest.mark.parametrize("what", GPUS)
+def test_faults_of_gpus_are_found_in_what_nvidia_smi_tells(what):
+    lines, status = GPUS[what]
+    findings = gpu_findings(parse_gpus("\n".join(lines)), expected="1")
+    assert [finding.status for finding in findings] == [status]
+
+
+def test_a_gpu_is_asked_for_by_the_fields_that_are_read(tmp_path, monkeypatch):
+    """A stand-in for nvidia-smi answers only the query that the parser understands."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\n[ "$(echo "$1" | tr , "\\n" | wc -l)" = 8 ] && echo "{GOOD}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    gpus = query_gpus()
+    assert [gpu.name for gpu in gpus] == ["NVIDIA H100 80GB HBM3"]
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
+    assert gpu_findings(query_gpus(), expected="")[0].status is Status.FAIL
+
+
+def test_a_host_without_nvidia_smi_is_recorded_as_not_looked_at(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert [finding.status for finding in gpu_findings(query_gpus(), expected="8")] == [Status.SKIP]
+
+
+def test_the_size_of_rays_object_store_is_the_clusters():
+    from clipo_megatron.cluster.session import OBJECT_STORE_BYTES
+
+    assert node._OBJECT_STORE == OBJECT_STORE_BYTES

@@ -1,0 +1,121 @@
+"""Laws of `clipo why` on logs as real jobs left them: lines without times, another node's death, the script's own stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+
+from clipo_megatron.cli.main import main
+from clipo_megatron.slurm.why import explain
+
+NO_ROWS = """2026-11-24 04:10:03,000 INFO clipo_megatron.cluster: rank 1 is process 9 on n2
+2026-11-24 04:12:07,100 ERROR clipo_megatron.cluster.actors: failed in train
+Traceback (most recent call last):
+  File "/opt/clipo/clipo_megatron/policy/train.py", line 88, in train
+    loss.backward()
+ValueError: micro-batch 3 has no rows; raise prompts_per_step
+"""
+STEPS = "run /runs/r: 256 training prompts\nstep 1/4  accuracy 0.094  s 0.4\nstep 2/4  accuracy 0.438  s 0.2\n"
+CHECKS = (
+    "2026-11-24T04:00:00 checks job 4, attempt 0, nodes n[1-2], /r/lost.yaml\n2026-11-24T04:00:01 driver starting\n"
+)
+
+
+def at(hour, minute, second):
+    return time.mktime((2026, 11, 24, hour, minute, second, 0, 0, -1))
+
+
+@pytest.fixture
+def attempt(tmp_path):
+    """Writes (name, text, time of its last writing) into the one attempt of a job; "run/..." goes to the run's folder."""
+    job, run = tmp_path / "jobs" / "4", tmp_path / "run"
+
+    def write(*files, phase="driver"):
+        (run / "logs").mkdir(parents=True)
+        (job / "attempt-0").mkdir(parents=True)
+        content = {"recipe": "r", "overrides": [], "run_folder": str(run), "nodes": 2, "folder": str(tmp_path)}
+        (job / "job.json").write_text(json.dumps(content))
+        (job / "attempt-0" / "phase").write_text(f"{phase}\n")
+        for name, text, moment in files:
+            path = tmp_path / name if name.startswith("run/") else job / "attempt-0" / name
+            path.write_text(text)
+            os.utime(path, (moment, moment))
+        return job, job / "attempt-0"
+
+    return write
+
+
+def test_steps_without_a_time_do_not_hide_the_worker_that_failed_after_them(attempt):
+    told = "clipo: policy_1 failed in train: ValueError: micro-batch 3 has no rows; see its log\n"
+    job, folder = attempt(
+        ("batch.log", CHECKS, at(4, 12, 9)),
+        ("driver.log", STEPS + told, at(4, 12, 8)),
+        ("run/logs/policy_1.log", NO_ROWS, at(4, 12, 7)),
+        ("run/metrics.jsonl", '{"step": 2}\n', at(4, 12, 1)),
+    )
+    first = explain(job, folder).first
+    assert (first.host, first.file.name) == ("n2", "policy_1.log")
+    assert first.remedy == "raise prompts_per_step"
+
+
+def test_a_worker_that_failed_before_the_last_steps_row_and_is_told_of_after_it_is_the_cause(attempt):
+    job, folder = attempt(
+        ("batch.log", CHECKS, at(4, 12, 9)),
+        ("driver.log", STEPS + "clipo: policy_1 failed in train: ValueError; see its log\n", at(4, 12, 20)),
+        ("run/logs/policy_1.log", NO_ROWS, at(4, 12, 7)),
+        ("run/logs/engine_0.log", NO_ROWS.replace("rank 1 is", "engine 0 is"), at(4, 12, 7)),
+        ("run/metrics.jsonl", '{"step": 2}\n', at(4, 12, 10)),
+    )
+    found = explain(job, folder)
+    assert found.first.file.name == "policy_1.log"
+    assert {error.file.name for error in found.others} == {"driver.log"}  # the engine's fault was outlived
+
+
+def test_the_dead_node_is_named_and_not_the_one_that_tells_of_it(attempt, tmp_path):
+    job, folder = attempt(
+        ("batch.log", CHECKS + "2026-11-24T04:51:04 requeue a node does not answer; attempt 1 goes on\n", at(4, 51, 4)),
+        (
+            "driver.log",
+            "step 1/4  accuracy 0.094  s 0.4\nslurmstepd-n1: error: *** STEP 4.3 ON n1 CANCELLED AT "
+            "2026-11-24T04:51:04 DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***\n",
+            at(4, 51, 5),
+        ),
+        phase="requeue",
+    )
+    output = tmp_path / "slurm-4.out"
+    output.write_text(
+        CHECKS + "srun: error: Node failure on n2\n"
+        "slurmstepd-n1: error: *** JOB 4 ON n1 CANCELLED AT 2026-11-24T04:51:04 DUE TO NODE FAILURE, SEE SLURMCTLD LOG\n"
+        "2026-11-24T04:51:04 requeue a node does not answer; attempt 1 goes on from the newest checkpoint\n"
+        "srun: error: n1: task 0: Killed\n"
+    )
+    os.utime(output, (at(4, 51, 9), at(4, 51, 9)))
+    found = explain(job, folder, output=output)
+    assert (found.first.host, found.first.cause) == ("n2", "the node n2 failed")
+    assert not any("Killed" in error.cause for error in found.others)
+
+
+@pytest.mark.parametrize("phase", ["done", "requeue"])
+def test_what_the_batch_script_stopped_itself_is_no_cause(attempt, capsys, phase):
+    ends = f"2026-11-24T04:30:00 {phase} the run is at its end\n"
+    job, _ = attempt(
+        ("batch.log", CHECKS + ends + "srun: error: n1: task 0: Killed\n", at(4, 30, 5)),
+        ("ray-n1.log", "Traceback (most recent call last):\nray.exceptions.RpcError: CANCELLED\n", at(4, 30, 4)),
+        phase=phase,
+    )
+    assert main(["why", str(job)]) == 1
+    assert f"its last phase: {phase}" in capsys.readouterr().out
+
+
+def test_a_worker_that_ray_killed_for_memory_is_told_by_that_and_not_by_rays_advice(attempt):
+    advice = (
+        "clipo: policy_1 failed in start: Refer to the documentation on how to address the out of memory issue: "
+        "https://docs.ray.io/x.html. Consider provisioning more memory; set the threshold to 1; it is off then\n"
+    )
+    job, folder = attempt(("batch.log", CHECKS, at(4, 12, 9)), ("driver.log", advice, at(4, 12, 8)))
+    first = explain(job, folder).first
+    assert first.cause == "policy_1 failed: Ray killed a worker because its node ran out of host memory"
+    assert "--mem=0" in first.remedy
