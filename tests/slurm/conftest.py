@@ -43,7 +43,6 @@ def submit_run(lab, write_recipe, tmp_path):
             "CLIPO_JOBS_DIR": str(tmp_path / "jobs"),
             "CLIPO_RAY_CPUS": "2",  # of each node: one policy rank and one engine
             "CLIPO_RAY_OBJECT_STORE_BYTES": str(100 << 20),
-            "CLIPO_DOCTOR": "off",
             # Of a node, it measures the memory of the whole machine, which others use too.
             "RAY_memory_monitor_refresh_ms": "0",
             "OMP_NUM_THREADS": "1",
