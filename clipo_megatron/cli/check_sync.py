@@ -99,6 +99,9 @@ def _check(recipe: Recipe, args: argparse.Namespace, logs: Path) -> SyncCheckRep
         draw_prompts,
         recipe_of_check,
     )
+    from clipo_megatron.cluster.loopback import keep_to_this_machine
+
+    keep_to_this_machine()
     from clipo_megatron.cluster.session import place, ray_session
     from clipo_megatron.records import Sampling
 

@@ -85,6 +85,9 @@ def _load_data(recipe: Recipe) -> tuple[PromptSet, PromptSet | None]:
 def _train(recipe: Recipe, train: PromptSet, evaluation: PromptSet | None) -> int:
     import torch
 
+    from clipo_megatron.cluster.loopback import keep_to_this_machine
+
+    keep_to_this_machine()
     from clipo_megatron.checkpoint.training import find_resume, list_checkpoints
     from clipo_megatron.checks.resume import resume_notes
     from clipo_megatron.cluster.session import place, ray_session

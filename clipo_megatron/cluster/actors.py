@@ -71,7 +71,17 @@ class PolicyActor(LoggedWorker):
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         host = ray.util.get_node_ip_address()
-        self._store = TCPStore(host, 0, self._settings.layout.world_size, is_master=True, wait_for_workers=False)
+        # A socket of its own: the store would listen on all interfaces, and it asks nobody who he is.
+        listener = socket.create_server((host, 0))
+        port = listener.getsockname()[1]
+        self._store = TCPStore(
+            host,
+            port,
+            self._settings.layout.world_size,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
         return host, self._store.port
 
     @reports_failure

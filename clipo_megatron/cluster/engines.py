@@ -13,6 +13,7 @@ from clipo_megatron.cluster.engine_actors import EngineActors
 from clipo_megatron.cluster.gather import WorkersDied, gather, gather_from_living
 from clipo_megatron.cluster.planned_sync import PlannedSync, SyncSettings, open_planned_sync
 from clipo_megatron.cluster.policy import PolicyWeights
+from clipo_megatron.cluster.stack_dumps import telling_stacks
 from clipo_megatron.records import Prompt, RolloutGroup, Sampling, SyncReport
 from clipo_megatron.rollout.settings import EngineSettings
 
@@ -60,10 +61,12 @@ class RayEngines:
         """See `controller.Engines`."""
         return self._engines.restarts
 
+    @telling_stacks()
     def start(self) -> None:
         """Load the model on every engine."""
         self._engines.start()
 
+    @telling_stacks()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, version: int | None) -> list[RolloutGroup]:
         """See `controller.Engines`. Prompts are dealt in turn; an engine's samples don't depend on the deal.
 
@@ -88,6 +91,7 @@ class RayEngines:
                 self._recover(died)
         return [results[row] for row in range(len(prompts))]
 
+    @telling_stacks()
     def update_weights(self, version: int, buckets: Iterable[object]) -> SyncReport:
         """See `controller.Engines`; `buckets` is what `RayPolicy.weight_buckets` gives. The first call settles the transport.
 

@@ -49,9 +49,14 @@ class RayPolicy:
             for rank, options in enumerate(actor_options)
         ]
 
+    @property
+    def _ranks(self) -> range:
+        return range(len(self._actors))
+
     def start(self) -> None:
         """Rendezvous, then build the model on every rank."""
-        host, port = self._call([0], "start", lambda actor: actor.open_rendezvous.remote())[0]
+        with telling_stacks():
+            host, port = self._call([0], "start", lambda actor: actor.open_rendezvous.remote())[0]
         self._all("start", lambda actor: actor.start.remote(host, port))
 
     def score(self, batch: RolloutBatch, *, step: int, with_reference: bool) -> Scores:
@@ -84,7 +89,8 @@ class RayPolicy:
     def export_hf(self, folder: Path) -> None:
         """See `controller.Policy`. Streams bucket by bucket; the folder appears when it is complete."""
         buckets: Iterator[WeightBucket] = (ray.get(ref) for ref, *_ in self.stream_weights(0))
-        export_hf(buckets, source=self._settings.model_path, folder=folder)
+        with telling_stacks():
+            export_hf(buckets, source=self._settings.model_path, folder=folder)
 
     def weight_buckets(self, version: int) -> PolicyWeights:
         """See `controller.Policy`; nothing moves before they are drawn or pulled."""
@@ -92,15 +98,17 @@ class RayPolicy:
 
     def share_weights(self, *, timeout_s: float) -> list[str]:
         """Let engines of this node read the parameters of all ranks, once; how to open them, by rank."""
-        return self._all("sync begin", lambda actor: actor.share_weights.remote(), timeout_s=timeout_s)
+        return self._call(self._ranks, "sync begin", lambda actor: actor.share_weights.remote(), timeout_s=timeout_s)
 
     def offer_weights(self, version: int, *, timeout_s: float) -> None:
         """Have every rank say that its shared parameters are those of `version`, until they change."""
-        self._all("sync begin", lambda actor: actor.offer_weights.remote(version), timeout_s=timeout_s)
+        self._call(self._ranks, "sync begin", lambda actor: actor.offer_weights.remote(version), timeout_s=timeout_s)
 
     def confirm_weights(self, version: int, *, timeout_s: float) -> None:
         """Pass if every rank lives and still offers `version`."""
-        self._all("sync transfer", lambda actor: actor.confirm_weights.remote(version), timeout_s=timeout_s)
+        self._call(
+            self._ranks, "sync transfer", lambda actor: actor.confirm_weights.remote(version), timeout_s=timeout_s
+        )
 
     def stream_weights(self, version: int) -> Iterator[tuple[ray.ObjectRef, int, int]]:
         """Buckets of all pipeline stages, first stage first: a reference to each, its number of tensors and its bytes.
@@ -127,8 +135,10 @@ class RayPolicy:
                 number += 1
             gather(others, phase="sync transfer", timeout_s=self._timeout_s)
 
-    def _all(self, phase: str, call: Callable[[Any], ray.ObjectRef], *, timeout_s: float | None = None) -> list[Any]:
-        return self._call(range(len(self._actors)), phase, call, timeout_s=timeout_s)
+    def _all(self, phase: str, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
+        """A phase of the run: one that hangs is over."""
+        with telling_stacks():
+            return self._call(self._ranks, phase, call)
 
     def _call(
         self,
@@ -140,8 +150,7 @@ class RayPolicy:
     ) -> list[Any]:
         refs = {f"policy_{rank}": call(self._actors[rank]) for rank in ranks}
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        with telling_stacks():
-            return list(gather(refs, phase=phase, timeout_s=limit_s).values())
+        return list(gather(refs, phase=phase, timeout_s=limit_s).values())
 
     def _one_result(self, results: Sequence[Any]) -> Any:  # noqa: ANN401 (Scores or TrainReport)
         """What the one reporting rank returned."""

@@ -5,7 +5,6 @@ The signal is sent by a small task on each node, for an actor that hangs answers
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
 import re
@@ -15,22 +14,24 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clipo_megatron.cluster.gather import WorkersLate
+from clipo_megatron.cluster.worker_log import DUMP_SIGNAL
 
 logger = logging.getLogger(__name__)
 
-SIGNAL = signal.SIGUSR2
 _WRITING_S = 5.0
 """For a process to write its stacks."""
 _NODES_S = 30.0
 """For all nodes together; a node that does not answer is left out."""
-_HEAD = re.compile(r"^Current thread .*\n +File \"(?P<file>[^\"]+)\", line (?P<line>\d+) in (?P<function>\S+)", re.MULTILINE)
+_HEAD = re.compile(
+    r"^Current thread .*\n +File \"(?P<file>[^\"]+)\", line (?P<line>\d+) in (?P<function>\S+)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +43,6 @@ class Dump:
     """Where its stacks are; empty if it has written none."""
     doing: str
     """In words: its innermost call, or why there is none."""
-
-
-def install(log: TextIO) -> None:
-    """Write all threads' stacks to `log` at `SIGNAL`, also while C code runs; to be called in the worker."""
-    faulthandler.register(SIGNAL, file=log, all_threads=True)
 
 
 @contextmanager
@@ -105,7 +101,7 @@ def _dump_on_this_node(pids: dict[str, int], kill: Sequence[str]) -> list[Dump]:
     before = {name: log.stat().st_size for name, log in logs.items() if log is not None}
     states = {name: _state(pid) for name, pid in pids.items()}
     for name in before:
-        _send(pids[name], SIGNAL)
+        _send(pids[name], DUMP_SIGNAL)
     deadline, silent = time.monotonic() + _WRITING_S, set(before)
     while silent and time.monotonic() < deadline:
         time.sleep(0.1)

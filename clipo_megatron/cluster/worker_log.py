@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import signal
 from pathlib import Path
 
-from clipo_megatron.cluster.stack_dumps import install
 from clipo_megatron.errors import WorkerError
+
+DUMP_SIGNAL = signal.SIGUSR2
+"""Has a worker write the stacks of all its threads into its log, also while C code runs."""
 
 
 class WorkerFailure(WorkerError):
@@ -30,7 +34,7 @@ class LoggedWorker:
     worker_name: str
 
     def open_log(self, name: str, folder: str) -> None:
-        """Send this process's log records to `folder`/`name`.log, and its stacks when a worker of the run hangs."""
+        """Send this process's log records to `folder`/`name`.log, and its stacks when asked by `DUMP_SIGNAL`."""
         self.worker_name = name
         Path(folder).mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(Path(folder) / f"{name}.log")
@@ -38,4 +42,5 @@ class LoggedWorker:
         root = logging.getLogger()
         root.addHandler(handler)
         root.setLevel(logging.INFO)
-        install(handler.stream)
+        assert handler.stream is not None
+        faulthandler.register(DUMP_SIGNAL, file=handler.stream, all_threads=True)

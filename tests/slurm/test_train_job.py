@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SCRIPT, metrics, told
+from support.prepared_run import ROOT
 
 STEPS = "run.steps=4"
 
@@ -71,7 +72,9 @@ def test_a_run_over_two_nodes_has_a_policy_rank_and_an_engine_on_each(lab, submi
         assert f"on {host}" in hosts[name].splitlines()[0], hosts[name]
     assert (run / "hf" / "final" / "model.safetensors").exists()
     shown = lab.run(
-        *(sys.executable, "-m", "clipo_megatron.cli", "status", job, "--json"), CLIPO_JOBS_DIR=str(folder.parent)
+        *(sys.executable, "-m", "clipo_megatron.cli", "status", job, "--json"),
+        CLIPO_JOBS_DIR=str(folder.parent),
+        PYTHONPATH=str(ROOT),
     )
     status = json.loads(shown)
     assert (status["state"], status["phase"], status["step"], status["steps"]) == ("COMPLETED", "done", 4, 4)
