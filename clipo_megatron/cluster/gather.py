@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from clipo_megatron.cluster.worker_log import WorkerFailure
 from clipo_megatron.errors import WorkerError
@@ -120,7 +120,9 @@ def _first_cause(failures: Mapping[str, Exception], phase: str) -> WorkerError:
     if known:
         return WorkerError(str(known[0]))
     name, error = next(iter(failures.items()))
-    return WorkerError(f"{name} failed in {phase}: {str(error).strip().splitlines()[-1]}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # A traceback ends with its exception; Ray's own errors begin with the cause and end with advice.
+    return WorkerError(f"{name} failed in {phase}: {lines[-1 if isinstance(error, RayTaskError) else 0]}")
 
 
 def _worker_failure(error: Exception) -> WorkerFailure | None:

@@ -37,10 +37,12 @@ class LoggedWorker:
         """Send this process's log records to `folder`/`name`.log, and its stacks when asked by `DUMP_SIGNAL`."""
         self.worker_name = name
         Path(folder).mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(Path(folder) / f"{name}.log")
+        path = Path(folder) / f"{name}.log"
+        handler = logging.FileHandler(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         root.addHandler(handler)
         root.setLevel(logging.INFO)
-        assert handler.stream is not None
-        faulthandler.register(DUMP_SIGNAL, file=handler.stream, all_threads=True)
+        # Not the handler's stream: vLLM's set-up of logging closes it, and the handler opens another.
+        self._stacks = path.open("a")
+        faulthandler.register(DUMP_SIGNAL, file=self._stacks, all_threads=True)
