@@ -28,6 +28,7 @@ class RayEngines:
         actor_options: Sequence[dict[str, Any]],
         log_folder: Path,
         timeout_s: float,
+        start_timeout_s: float,
         sync: SyncSettings,
         max_restarts: int,
     ) -> None:
@@ -37,7 +38,8 @@ class RayEngines:
             settings: shared by all of them.
             actor_options: Ray's node, resources and environment of each engine.
             log_folder: of the engines' logs.
-            timeout_s: deadline of a start or a generation.
+            timeout_s: deadline of a generation.
+            start_timeout_s: deadline of a start, also of an engine that is started again.
             sync: how weights come to them.
             max_restarts: of all engines together.
         """
@@ -51,7 +53,7 @@ class RayEngines:
             settings,
             actor_options=actor_options,
             log_folder=log_folder,
-            timeout_s=timeout_s,
+            timeout_s=start_timeout_s,
             max_restarts=max_restarts,
         )
         self._actors = self._engines.by_name

@@ -28,6 +28,7 @@ class RayPolicy:
         actor_options: Sequence[dict[str, Any]],
         bucket_bytes: int,
         timeout_s: float,
+        start_timeout_s: float,
         log_folder: Path,
     ) -> None:
         """Create the actors; `start` makes them build the model.
@@ -37,10 +38,12 @@ class RayPolicy:
             actor_options: Ray's node, resources and environment of each rank.
             bucket_bytes: size of a weight bucket.
             timeout_s: deadline of one phase on all ranks.
+            start_timeout_s: deadline of the start.
             log_folder: of the ranks' logs.
         """
         self._settings = settings
         self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
         actor = ray.remote(PolicyActor)
         self._actors = [
             actor.options(name=f"policy_{rank}", **options).remote(
@@ -55,9 +58,10 @@ class RayPolicy:
 
     def start(self) -> None:
         """Rendezvous, then build the model on every rank."""
+        limit_s = self._start_timeout_s
         with telling_stacks():
-            host, port = self._call([0], "start", lambda actor: actor.open_rendezvous.remote())[0]
-        self._all("start", lambda actor: actor.start.remote(host, port))
+            host, port = self._call([0], "start", lambda actor: actor.open_rendezvous.remote(), timeout_s=limit_s)[0]
+            self._call(self._ranks, "start", lambda actor: actor.start.remote(host, port), timeout_s=limit_s)
 
     def score(self, batch: RolloutBatch, *, step: int, with_reference: bool) -> Scores:
         """See `controller.Policy`."""

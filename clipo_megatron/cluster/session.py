@@ -129,6 +129,7 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
         ],
         bucket_bytes=recipe.sync.bucket_mib << 20,
         timeout_s=recipe.run.worker_timeout_s,
+        start_timeout_s=recipe.run.start_timeout_s,
         log_folder=log_folder,
     )
     engines = RayEngines(
@@ -139,6 +140,7 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
         ],
         log_folder=log_folder,
         timeout_s=recipe.run.worker_timeout_s,
+        start_timeout_s=recipe.run.start_timeout_s,
         sync=sync_settings(recipe, device=device, is_on_one_node=placement.is_on_one_node),
         max_restarts=rollout.max_restarts,
     )

@@ -108,6 +108,7 @@ _NOT_IN_FINGERPRINT: tuple[tuple[str, str], ...] = (
     ("rewards", "workers"),
     ("run", "device"),
     ("run", "worker_timeout_s"),
+    ("run", "start_timeout_s"),
     # What is kept and shown of a run.
     ("checkpoint", ""),
     ("evaluation", ""),

@@ -308,5 +308,7 @@ class RunSection(Section):
     """Step-0 gate: the run stops when |sampled - scored log-prob| of any token is above this. In float32 1e-3 is right."""
     gate_mean_logprob_difference: PositiveFloat = 0.05
     """Step-0 gate on the mean over tokens. In float32 1e-4 is right."""
+    start_timeout_s: PositiveFloat = 1800.0
+    """Deadline for all policy ranks or all engines to load the model and be ready."""
     worker_timeout_s: PositiveFloat = 1800.0
     """Deadline of one phase (generate, score, train) on every worker; past it the run ends and names who is late."""

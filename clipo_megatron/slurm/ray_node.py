@@ -111,12 +111,12 @@ def _run(folder: Path, *, is_head: bool) -> int:
 
 def _command(folder: Path, scratch: Path, *, is_head: bool, cpus: int, timeout_s: float) -> list[str]:
     address = own_address()
-    own = free_ports(1 + len(_NAMED_PORTS) + 2 * cpus + _SPARE_WORKER_PORTS)
+    own = free_ports(2 + len(_NAMED_PORTS) + 2 * cpus + _SPARE_WORKER_PORTS)
     ports = dict(zip(_NAMED_PORTS, own[1:], strict=False))
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
     command += ["--node-ip-address", address, "--num-cpus", str(cpus), "--num-gpus", gpus]
-    command += ["--worker-port-list", ",".join(map(str, own[1 + len(_NAMED_PORTS) :]))]
+    command += ["--worker-port-list", ",".join(map(str, own[1 + len(_NAMED_PORTS) : -1]))]
     command += [word for name, port in ports.items() for word in (f"--{name}", str(port))]
     if size := os.environ.get("CLIPO_RAY_OBJECT_STORE_BYTES"):
         command += ["--object-store-memory", size]
@@ -125,6 +125,8 @@ def _command(folder: Path, scratch: Path, *, is_head: bool, cpus: int, timeout_s
         return [
             *(*command, "--head", "--port", str(own[0]), "--include-dashboard", "false"),
             *("--dashboard-host", address, "--temp-dir", str(scratch)),
+            # Ray starts it whether it is wanted or not, and on 10001 unless told otherwise.
+            *("--ray-client-server-port", str(own[-1])),
         ]
     return [*command, "--address", address_of_head(folder, timeout_s)]
 

@@ -35,6 +35,8 @@ def _listeners(family: list[psutil.Process]) -> set[tuple[str, str]]:
 def _who(process: psutil.Process) -> str:
     line = process.cmdline()
     words = " ".join(line)
+    if words.startswith("VLLM::Worker"):
+        return "VLLM::Worker"
     for name in ("PolicyActor", "EngineActor", "RuntimeEnvAgent", "DashboardAgent", "IDLE"):
         if f"ray::{name}" in words:
             return name

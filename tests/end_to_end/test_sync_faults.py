@@ -119,7 +119,14 @@ def _policy(folder: Path, logs: Path) -> RayPolicy:
         seed=0,
     )
     options = {"num_cpus": 1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
-    return RayPolicy(settings, actor_options=[options] * 2, bucket_bytes=1 << 20, timeout_s=TIMEOUT_S, log_folder=logs)
+    return RayPolicy(
+        settings,
+        actor_options=[options] * 2,
+        bucket_bytes=1 << 20,
+        timeout_s=TIMEOUT_S,
+        start_timeout_s=2 * TIMEOUT_S,
+        log_folder=logs,
+    )
 
 
 def _sync_settings(folder: Path, timeout_s: float = TIMEOUT_S) -> SyncSettings:
@@ -160,6 +167,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             actor_options=[{"num_cpus": 1, "runtime_env": {"env_vars": engine_environment("cpu", 1)}}] * NUM_ENGINES,
             log_folder=logs,
             timeout_s=2 * TIMEOUT_S,
+            start_timeout_s=2 * TIMEOUT_S,
             sync=_sync_settings(folder),
             max_restarts=0,
         )

@@ -39,6 +39,7 @@ WITHOUT_INFLUENCE = {
     "run.resume",
     "run.steps",
     "run.tensorboard",
+    "run.start_timeout_s",
     "run.worker_timeout_s",
 }
 """Keys that change a step's numbers by rounding at most, or whose content has a hash of its own."""
