@@ -37,6 +37,8 @@ _NODE_NAMED = re.compile(
 _OF_ANOTHER = re.compile(
     r"\b(?:policy_\d+|engine_\d+|rank \d+)\S* (?:died|failed)\b|: not done after \d+ s|, see (?:above|/)|a node does not answer"
 )
+_NEWS = re.compile(r"A worker died or was killed while executing")
+"""Of Ray, on the driver's screen: of a worker that has told its own cause, or that the run killed itself because it hung."""
 _OTHER = "read the log from there"
 
 
@@ -88,6 +90,7 @@ def explain(job: Path, attempt: Path, *, output: Path | None = None) -> Explanat
     if phase == "done":
         errors = []  # whatever happened, the run outlived it
     ended = _that_ended_it(errors, progress=_last_step(job, logs), stopped=_stopped(logs))
+    ended = [error for error in ended if not _NEWS.search(error.cause)] or ended
     ended = _once(sorted(ended, key=lambda error: (error.moment, error.is_follower)))
     first = next((error for error in ended if not error.is_follower), ended[0] if ended else None)
     return Explanation(
@@ -190,7 +193,12 @@ def _of_line(line: str) -> _Found | None:
     if known is None:
         return None
     named = _NODE_NAMED.search(line)
-    return _Found(cause=known[0], remedy=known[1], is_follower=known[2], host=named["host"] if named else "")
+    return _Found(
+        cause=known[0],
+        remedy=known[1],
+        is_follower=known[2],
+        host=named["host"] if named else "",
+    )
 
 
 def _tells_of_another(cause: str) -> bool:

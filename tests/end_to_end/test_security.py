@@ -53,13 +53,17 @@ def _who(process: psutil.Process) -> str:
 def running(write_recipe, tmp_path_factory):
     """A run in its second step or later: its family and its folder. It ends with the module."""
     folder = tmp_path_factory.mktemp("security")
-    before = {key: os.environ.get(key) for key in SECRETS}
+    # Ray leaves its settings in the environment of a process that used it, as this one may have.
+    of_ray = {key: None for key in os.environ if key.startswith("RAY_AUTH_")}
+    before = {key: os.environ.get(key) for key in SECRETS | of_ray}
+    for key in of_ray:
+        del os.environ[key]
     os.environ.update(SECRETS)
     try:
         process = start_clipo("train", write_recipe(folder, "run", steps=1000), "rollout.tp=2")
     finally:
         for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
     run = folder / "run"
     while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
         assert process.poll() is None, process.communicate()
