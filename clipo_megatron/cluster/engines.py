@@ -47,6 +47,8 @@ class RayEngines:
         self._sync = sync
         self._planned: PlannedSync | None = None
         self._is_opened = False
+        self._newcomers: set[str] = set()
+        """Engines that were started again and have not opened the plan, if there is one."""
         self._newest: tuple[int, PolicyWeights] | None = None
         """The version that all engines hold, and where it comes from, for an engine that is started again."""
         self._engines = EngineActors(
@@ -89,8 +91,10 @@ class RayEngines:
             self._engines.note_answers(list(found))
             for name, groups in found.items():
                 results |= dict(zip(shares[name], groups, strict=True))
-            if died is not None:
-                self._recover(died)
+            if died is not None and self._newest is not None:
+                self._recover(died, *self._newest)
+            elif died is not None:  # they serve the model folder's weights, as a new process does
+                self._engines.replace(died)
         return [results[row] for row in range(len(prompts))]
 
     @telling_stacks()
@@ -105,39 +109,22 @@ class RayEngines:
             ConfigError: planned copies were asked for, and can't be used.
         """
         weights = cast("PolicyWeights", buckets)
-        only: Collection[str] | None = None
-        while True:
-            try:
-                if not self._is_opened:
-                    self._planned = open_planned_sync(self._actors, self._sync, weights)
-                    self._is_opened = True
-                report = self._bring(version, weights, only)
-                break
-            except WorkersDied as died:
-                self._replace(died)
-                only = self._lagging(version)
-                if not only:
-                    raise
+        try:
+            report = self._bring(version, weights, None)
+        except WorkersDied as died:
+            report = self._recover(died, version, weights)
         self._newest = (version, weights)
         return report
 
-    def _recover(self, died: WorkersDied) -> None:
-        """Start dead engines again and bring them to the version that the others hold."""
+    def _recover(self, died: WorkersDied, version: int, weights: PolicyWeights) -> SyncReport:
+        """Start dead engines again and bring all that lack it to `version`, also if others die meanwhile."""
         while True:
-            self._replace(died)
-            if self._newest is None:
-                return
-            version, weights = self._newest
+            self._engines.replace(died)
+            self._newcomers |= set(died.workers)
             try:
-                self._bring(version, weights, self._lagging(version))
-                return
+                return self._bring(version, weights, self._lagging(version))
             except WorkersDied as again:
                 died = again
-
-    def _replace(self, died: WorkersDied) -> None:
-        self._engines.replace(died)
-        if self._planned is not None:
-            self._planned.admit(died.workers)
 
     def _lagging(self, version: int) -> list[str]:
         """Engines that do not serve `version`, whatever they do serve; an update of theirs is given up."""
@@ -147,7 +134,13 @@ class RayEngines:
         return lagging
 
     def _bring(self, version: int, weights: PolicyWeights, only: Collection[str] | None) -> SyncReport:
+        if not self._is_opened:
+            self._planned = open_planned_sync(self._actors, self._sync, weights)
+            self._is_opened = True
+            self._newcomers.clear()
         if self._planned is not None:
+            self._planned.admit(self._newcomers)
+            self._newcomers.clear()
             return self._planned.update(version, weights, only=only)
         return self._stream(version, weights, only)
 

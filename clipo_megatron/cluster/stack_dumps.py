@@ -66,7 +66,7 @@ def dump_all(*, kill: Sequence[str] = ()) -> list[Dump]:
         kill: workers whose processes are killed afterwards.
 
     Returns:
-        One of each process of a node that answers, in the order of names.
+        One of each process that lives on a node that answers, in the order of names.
     """
     processes: dict[str, dict[str, int]] = {}
     for actor in _living_actors():
@@ -97,6 +97,8 @@ def _living_actors() -> list[dict[str, Any]]:
 
 
 def _dump_on_this_node(pids: dict[str, int], kill: Sequence[str]) -> list[Dump]:
+    # Ray may not know yet that a process is gone; a number that another program has by now must get no signal of ours.
+    pids = {name: pid for name, pid in pids.items() if _state(pid) not in "ZX"}
     logs = {name: _log_of(pid) for name, pid in pids.items()}
     before = {name: log.stat().st_size for name, log in logs.items() if log is not None}
     states = {name: _state(pid) for name, pid in pids.items()}
@@ -106,7 +108,7 @@ def _dump_on_this_node(pids: dict[str, int], kill: Sequence[str]) -> list[Dump]:
     while silent and time.monotonic() < deadline:
         time.sleep(0.1)
         silent -= {name for name in silent if _is_written(logs[name], before[name])}
-    for name in kill:
+    for name in before.keys() & set(kill):
         _send(pids[name], signal.SIGKILL)
     return [_dump(name, logs[name], before.get(name, 0), states[name]) for name in pids]
 

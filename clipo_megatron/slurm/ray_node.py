@@ -125,6 +125,7 @@ def _command(folder: Path, scratch: Path, *, is_head: bool, cpus: int, timeout_s
         return [
             *(*command, "--head", "--port", str(own[0]), "--include-dashboard", "false"),
             *("--dashboard-host", address, "--temp-dir", str(scratch)),
+            "--no-monitor",  # its metrics would listen on all interfaces, without the token; nothing is scaled here
             # Ray starts it whether it is wanted or not, and on 10001 unless told otherwise.
             *("--ray-client-server-port", str(own[-1])),
         ]

@@ -83,6 +83,25 @@ def test_a_run_whose_engines_are_killed_five_times_completes_every_step_with_the
     assert not [pid for pid in _processes(run).values() if _is_alive(pid)]
 
 
+def test_an_engine_that_dies_while_another_is_started_again_is_started_again_as_well(
+    write_recipe, tmp_path, undisturbed
+):
+    run = tmp_path / "run"
+    process = start_clipo("train", write_recipe(tmp_path, "run"), *OVERRIDES)
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    os.kill(_processes(run)["engine_0.log"], signal.SIGKILL)
+    while "engine_0.restart1.log" not in _processes(run):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(_processes(run)["engine_1.log"], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{out}\n{err}"
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["rollout/engine_restarts"] == 2
+    assert _metrics(run) == _metrics(undisturbed)
+
+
 def test_an_engine_that_dies_at_once_again_and_again_ends_the_run_with_its_name_and_log(write_recipe, tmp_path):
     run = tmp_path / "run"
     process = start_clipo("train", write_recipe(tmp_path, "run"), *OVERRIDES)
