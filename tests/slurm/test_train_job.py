@@ -90,6 +90,31 @@ def test_usr1_in_the_middle_of_a_step_saves_requeues_and_goes_on_from_there(lab,
     _assert_same_run(tmp_path / "told", uninterrupted)
 
 
+def test_usr1_while_the_run_still_starts_puts_the_job_back_into_the_queue(lab, submit_run):
+    job, folder = submit_run("early", STEPS, CLIPO_DOCTOR="off")
+    pid = folder / "attempt-0" / "driver.pid"
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < deadline, told(job, folder)
+        time.sleep(0.05)
+    lab.run("scancel", "--batch", "--signal=USR1", job)
+    found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=90)
+    lab.run("scancel", job)
+    assert (found["JobState"], found["Restarts"]) == ("PENDING", "1"), told(job, folder)
+    assert "asked to stop while the run started" in (folder / "attempt-0" / "batch.log").read_text()
+
+
+def test_a_cancelled_job_stays_cancelled_though_its_run_saves_and_would_go_on(lab, submit_run, tmp_path):
+    job, folder = submit_run("cancelled", "run.steps=1000", CLIPO_DOCTOR="off")
+    _wait_for_phase(tmp_path / "cancelled", 2, "generate")
+    lab.run("scancel", job)
+    lab.wait(job, "CANCELLED", "COMPLETED", "FAILED", "PENDING", timeout_s=60)
+    lab.wait_until_idle("n1")  # all of it has ended, the batch script too
+    found = lab.job(job)
+    assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0"), told(job, folder)
+    assert (folder / "attempt-0" / "phase").read_text() == "driver\n"
+
+
 def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_on(lab, submit_run, tmp_path):
     # SIGCONT, one second before the end, is no warning.
     options = ("--time=1", "--signal=B:CONT@1")
