@@ -14,9 +14,10 @@ from clipo_megatron.data.rows import read_rows_problems
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.sections import ExpertsSection
-from clipo_megatron.weights.architecture import read_architecture
+from clipo_megatron.weights.architecture import Architecture, read_architecture
 from clipo_megatron.weights.families import FAMILIES
 from clipo_megatron.weights.folder_check import model_folder_problems
+from clipo_megatron.weights.layout_check import layout_problems
 
 _FP8_SIZE = 16
 
@@ -52,6 +53,20 @@ def folder_problems(recipe: Recipe) -> list[str]:
         vpp=recipe.layout.vpp,
         ep=recipe.layout.ep,
         etp=recipe.layout.etp,
+        rollout_tp=recipe.rollout.tp,
+    )
+
+
+def layout_faults(recipe: Recipe, architecture: Architecture) -> list[str]:
+    """Faults of the recipe's layouts against a model that need not be on this machine."""
+    layout = recipe.layout
+    return layout_problems(
+        architecture,
+        tp=layout.tp,
+        pp=layout.pp,
+        vpp=layout.vpp,
+        ep=layout.ep,
+        etp=layout.etp,
         rollout_tp=recipe.rollout.tp,
     )
 
@@ -94,15 +109,23 @@ def data_problems(train: PromptSet, recipe: Recipe) -> list[str]:
 
 def run_folder_problems(recipe: Recipe) -> list[str]:
     """A run folder that can't be written to, or holds what the run can't go on from."""
-    folder = _folder(recipe)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return folder_use_problems(recipe) or _resume_problems(recipe)
+
+
+def folder_use_problems(recipe: Recipe) -> list[str]:
+    """A run folder that can't be written to, or that run.resume leaves alone. Reads no checkpoint."""
+    folder = Path(recipe.run.folder) / recipe.run.name
+    there = existing_folder(folder)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return [f"run.folder = {recipe.run.folder}: {there} is no folder that can be written to; choose another one"]
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return []
-    if recipe.run.resume == "never":
+    if recipe.run.resume == "never" and folder.is_dir() and any(folder.iterdir()):
         return [f"run.name = {recipe.run.name}: {folder} is not empty and run.resume = never; choose another run.name"]
-    return _resume_problems(recipe)
+    return []
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def _resume_problems(recipe: Recipe, *, data_hash: str = "") -> list[str]:
@@ -185,7 +208,3 @@ def tensorboard_problems(recipe: Recipe) -> list[str]:
     if recipe.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         return ["run.tensorboard = true: the package tensorboard is not installed; install it or set it to false"]
     return []
-
-
-def _folder(recipe: Recipe) -> Path:
-    return Path(recipe.run.folder) / recipe.run.name

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from clipo_megatron.checks.memory import ASSUMPTIONS, GIB, MemoryEstimate, RankMemory, estimate_memory
+from clipo_megatron.checks.preflight import layout_faults
 from clipo_megatron.cli import plan_sync
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.load import read_recipe
 from clipo_megatron.weights.architecture import CONFIG_FILE, Architecture, read_architecture
-from clipo_megatron.weights.layout_check import layout_problems
 
 _WARN_SHARE = 0.9
 _WIDTH = 120
@@ -85,7 +85,7 @@ def _read(args: argparse.Namespace, option_problems: list[str]) -> tuple[Recipe,
     if recipe is not None:
         try:
             arch = _read_architecture(recipe, args.config)
-            problems += _layout_problems(recipe, arch)
+            problems += layout_faults(recipe, arch)
         except ConfigError as error:
             problems += error.problems
     if problems or recipe is None or arch is None:
@@ -106,19 +106,6 @@ def _read_architecture(recipe: Recipe, config: Path | None) -> Architecture:
     if not (folder / CONFIG_FILE).is_file() or (config.is_file() and config.name != CONFIG_FILE):
         raise ConfigError(f"--config = {config}: no {CONFIG_FILE}; give that file of the model, or its folder")
     return read_architecture(folder)
-
-
-def _layout_problems(recipe: Recipe, arch: Architecture) -> list[str]:
-    layout = recipe.layout
-    return layout_problems(
-        arch,
-        tp=layout.tp,
-        pp=layout.pp,
-        vpp=layout.vpp,
-        ep=layout.ep,
-        etp=layout.etp,
-        rollout_tp=recipe.rollout.tp,
-    )
 
 
 def _is_over(estimate: MemoryEstimate, gpu_gib: float) -> bool:

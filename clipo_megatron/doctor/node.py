@@ -19,6 +19,7 @@ from pathlib import Path
 from clipo_megatron.checkpoint.sizes import size_text
 from clipo_megatron.checks.host_memory import available_bytes
 from clipo_megatron.checks.memory import estimate_memory
+from clipo_megatron.checks.preflight import existing_folder
 from clipo_megatron.doctor.devices import device_facts, device_findings
 from clipo_megatron.doctor.finding import Finding, fail, ok, skip, warn
 from clipo_megatron.doctor.packages import package_facts, package_findings
@@ -85,7 +86,7 @@ def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
 
 def check_writable(name: str, folder: Path) -> Finding:
     """A file can be made, written, brought to the disk and removed in a folder, or in the nearest one that exists."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = existing_folder(folder)
     remedy = f"give this host the right to write to {there} (mounted read-only? full? other owner?), or choose another folder"
     try:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".clipo-canary-") as file:
@@ -297,7 +298,7 @@ def _slowest_step(metrics: Path) -> float | None:
 
 def _clock_fact(folder: Path) -> dict[str, str]:
     """Seconds that this host's clock is ahead of the shared file system's."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = existing_folder(folder)
     try:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".clipo-canary-") as file:
             os.utime(file.name)  # no times given: the file server's clock sets them

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,11 @@ from clipo_megatron.checkpoint.manifest import list_checkpoints, read_manifest
 from clipo_megatron.checkpoint.sizes import size_text
 from clipo_megatron.checks.memory import GIB, estimate_memory
 from clipo_megatron.checks.preflight import (
+    existing_folder,
     expert_problems,
     folder_problems,
+    folder_use_problems,
+    layout_faults,
     length_problems,
     precision_problems,
     tensorboard_problems,
@@ -24,7 +26,6 @@ from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.weights.architecture import CONFIG_FILE, Architecture, read_architecture, read_json_object
 from clipo_megatron.weights.counts import parameter_count
-from clipo_megatron.weights.layout_check import layout_problems
 
 _MEMORY_WARN = 0.9
 _DIST_METADATA = ".metadata"
@@ -84,7 +85,7 @@ def check_start_weights(case: StaticCase) -> list[Finding]:
     name, weights = "start weights", case.recipe.model.weights
     if not weights:
         return [ok(name, "those of model.path")]
-    if not (Path(weights) / _DIST_METADATA).is_file() and not (Path(weights) / "policy" / _DIST_METADATA).is_file():
+    if not (Path(weights) / _DIST_METADATA).is_file():
         return [
             fail(
                 name,
@@ -101,7 +102,7 @@ def check_gpu_memory(case: StaticCase) -> list[Finding]:
     if recipe.run.device == "cpu":
         return [skip(name, "run.device = cpu")]
     architecture = _architecture(recipe)
-    if architecture is None or _layout_problems(recipe, architecture):
+    if architecture is None or layout_faults(recipe, architecture):
         return [skip(name, "no model folder, or one that the layout does not fit")]
     estimate = estimate_memory(recipe, architecture)
     stage = estimate.worst_stage
@@ -132,7 +133,7 @@ def check_disk(case: StaticCase) -> list[Finding]:
     num_kept = keeps if recipe.checkpoint.every else 0
     kept = list_checkpoints(_run_folder(recipe) / "checkpoints")
     needed = max(0, num_kept - len(kept)) * of_checkpoint + exports * count * element
-    there = _existing(_run_folder(recipe))
+    there = existing_folder(_run_folder(recipe))
     free = shutil.disk_usage(there).free
     cause = (
         f"run.folder = {recipe.run.folder}: {size_text(free)} free, about {size_text(needed)} needed ({num_kept} "
@@ -149,16 +150,8 @@ def check_run_folder(case: StaticCase) -> list[Finding]:
     """The run folder can be written to, and is new or belongs to this run."""
     name, recipe = "run folder", case.recipe
     folder = _run_folder(recipe)
-    there = _existing(folder)
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        cause = f"run.folder = {recipe.run.folder}: {there} is no folder that can be written to"
-        return [fail(name, cause, "choose another one, or ask for the right to write there")]
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return [ok(name, f"{folder}: new")]
-    if recipe.run.resume == "never":
-        cause = f"run.name = {recipe.run.name}: {folder} is not empty and run.resume = never"
-        return [fail(name, cause, "choose another run.name")]
-    return [ok(name, f"{folder}: there already")]
+    state = "there already" if folder.is_dir() and any(folder.iterdir()) else "new"
+    return of_problems(name, folder_use_problems(recipe), otherwise=f"{folder}: {state}")
 
 
 def check_resume(case: StaticCase) -> list[Finding]:
@@ -218,23 +211,5 @@ def _architecture(recipe: Recipe) -> Architecture | None:
         return None
 
 
-def _layout_problems(recipe: Recipe, architecture: Architecture) -> list[str]:
-    layout = recipe.layout
-    return layout_problems(
-        architecture,
-        tp=layout.tp,
-        pp=layout.pp,
-        vpp=layout.vpp,
-        ep=layout.ep,
-        etp=layout.etp,
-        rollout_tp=recipe.rollout.tp,
-    )
-
-
 def _run_folder(recipe: Recipe) -> Path:
     return Path(recipe.run.folder) / recipe.run.name
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from clipo_megatron.doctor.finding import host_name
 from clipo_megatron.errors import ConfigError
 
 PORTS_FILE, PHASE_FILE, JOB_FILE = "ports", "phase", "job.json"
@@ -91,8 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         recipe, problems = None, list(error.problems)
     if problems or recipe is None:
-        host = socket.gethostname()
-        print("\n".join(f"clipo: error: {host}: checks: {problem}" for problem in problems), file=sys.stderr)
+        print("\n".join(f"clipo: error: {host_name()}: checks: {problem}" for problem in problems), file=sys.stderr)
         return 2
     job = Job(
         recipe=str(args.recipe),

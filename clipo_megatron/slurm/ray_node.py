@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from clipo_megatron.doctor.finding import host_name
 from clipo_megatron.errors import WorkerError
 from clipo_megatron.slurm.job_folder import PORTS_FILE, write_beside
 from clipo_megatron.slurm.ports import free_ports
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(args.folder, is_head=args.head)
     except (WorkerError, OSError) as error:
-        print(f"clipo: error: {socket.gethostname()}: ray: {error}", file=sys.stderr)
+        print(f"clipo: error: {host_name()}: ray: {error}", file=sys.stderr)
         return 1
 
 
@@ -121,7 +122,7 @@ def _command(folder: Path, scratch: Path, *, is_head: bool, cpus: int, timeout_s
     if size := os.environ.get("CLIPO_RAY_OBJECT_STORE_BYTES"):
         command += ["--object-store-memory", size]
     if is_head:
-        _announce(folder, {"address": f"{address}:{own[0]}", "host": socket.gethostname()})
+        _announce(folder, {"address": f"{address}:{own[0]}", "host": host_name()})
         return [
             *(*command, "--head", "--port", str(own[0]), "--include-dashboard", "false"),
             *("--dashboard-host", address, "--temp-dir", str(scratch)),

@@ -1,11 +1,10 @@
 """Laws of waiting for Ray actors, on a real Ray cluster: the first cause is told, the dead and the late are named."""
 
 import time
-from pathlib import Path
 
 import pytest
 import ray
-from support.ray_workers import Worker
+from support.ray_workers import Worker, local_ray
 
 from clipo_megatron.cluster.gather import gather
 from clipo_megatron.errors import WorkerError
@@ -13,17 +12,8 @@ from clipo_megatron.errors import WorkerError
 
 @pytest.fixture(scope="module")
 def cluster():
-    tests = Path(__file__).parents[1]
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": f"{tests}:{tests.parent}"}},
-    )
-    yield
-    ray.shutdown()
+    with local_ray():
+        yield
 
 
 @pytest.fixture

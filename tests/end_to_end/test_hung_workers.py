@@ -12,7 +12,7 @@ import psutil
 import pytest
 import ray
 from conftest import start_clipo
-from support.ray_workers import Worker
+from support.ray_workers import Worker, local_ray
 
 from clipo_megatron.cluster.gather import WorkersLate, gather
 from clipo_megatron.cluster.stack_dumps import dump_all, telling_stacks
@@ -22,17 +22,8 @@ DEADLINE_S = 25
 
 @pytest.fixture
 def cluster():
-    tests = Path(__file__).parents[1]
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=80 << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": f"{tests}:{tests.parent}"}},
-    )
-    yield
-    ray.shutdown()
+    with local_ray():
+        yield
 
 
 def _is_alive(pid: int) -> bool:

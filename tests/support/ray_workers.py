@@ -1,11 +1,33 @@
-"""An actor that answers, fails or dies on demand, for tests of what waits for actors."""
+"""A Ray of this machine, and an actor that answers, fails or dies on demand, for tests of what waits for actors."""
 
 import os
 import signal
 import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
 
 from clipo_megatron.cluster.actors import reports_failure
 from clipo_megatron.cluster.worker_log import LoggedWorker
+
+
+@contextmanager
+def local_ray():
+    """Within the block this process drives a small Ray, whose workers can import the tests' support."""
+    tests = Path(__file__).parents[1]
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 << 20,
+        runtime_env={"env_vars": {"PYTHONPATH": f"{tests}:{tests.parent}"}},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 class Worker(LoggedWorker):
