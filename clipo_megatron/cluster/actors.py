@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import ray
 
 from clipo_megatron.cluster.engine_leftovers import claim
+from clipo_megatron.cluster.memory_use import MemoryUse, memory_use
 from clipo_megatron.cluster.worker_log import LoggedWorker, WorkerFailure
 from clipo_megatron.errors import EngineError
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport, WeightBucket
@@ -121,6 +122,26 @@ class PolicyActor(LoggedWorker):
         return self._worker.train(batch, step=step)
 
     @reports_failure
+    def device(self) -> str:
+        """CUDA's names of this rank's devices, as Ray gave them; empty on a CPU."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "") if self._settings.device == "cuda" else ""
+
+    @reports_failure
+    def memory(self) -> MemoryUse:
+        """See `memory_use`."""
+        return memory_use(self._settings.device)
+
+    @reports_failure
+    def offload(self) -> None:
+        """See `Offload.offload`."""
+        self._worker.memory.offload()
+
+    @reports_failure
+    def onload(self) -> None:
+        """See `Offload.onload`."""
+        self._worker.memory.onload()
+
+    @reports_failure
     def begin_save(self, folder: str) -> dict[str, Any] | None:
         """See `PolicyWorker.begin_save`; returns the state that is no tensor on the rank that reports."""
         self._worker.begin_save(Path(folder))
@@ -210,6 +231,16 @@ class EngineActor(LoggedWorker):
             return self._engine.version == version
         except EngineError:
             return False
+
+    @reports_failure
+    def memory(self) -> MemoryUse:
+        """Of the processes; GPUs are asked by the trainer, whose they are as well."""
+        return memory_use("cpu")
+
+    @reports_failure
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        self._engine.sleep()
 
     @reports_failure
     def begin_update(self, version: int) -> None:

@@ -5,17 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import ray
 
 from clipo_megatron.cluster.engine_actors import EngineActors
 from clipo_megatron.cluster.gather import WorkersDied, gather, gather_from_living
+from clipo_megatron.cluster.memory_use import MemoryUse
 from clipo_megatron.cluster.planned_sync import PlannedSync, SyncSettings, open_planned_sync
 from clipo_megatron.cluster.policy import PolicyWeights
 from clipo_megatron.cluster.stack_dumps import telling_stacks
 from clipo_megatron.records import Prompt, RolloutGroup, Sampling, SyncReport
 from clipo_megatron.rollout.settings import EngineSettings
+
+
+class Turns(Protocol):
+    """Of trainer and engines on shared devices, see `DeviceTurns`."""
+
+    def to_engines(self) -> None:
+        """The trainer makes room."""
+        ...
+
+    def take_metrics(self) -> dict[str, float]:
+        """What was measured since the last call."""
+        ...
 
 
 class RayEngines:
@@ -45,6 +58,9 @@ class RayEngines:
         """
         self._timeout_s = timeout_s
         self._sync = sync
+        self.turns: Turns | None = None
+        """Where the trainer is on the same devices: it makes room before an update wakes the engines."""
+        self._is_asleep = False
         self._planned: PlannedSync | None = None
         self._is_opened = False
         self._newcomers: set[str] = set()
@@ -60,10 +76,21 @@ class RayEngines:
         )
         self._actors = self._engines.by_name
 
-    @property
-    def restarts(self) -> int:
+    def take_metrics(self) -> dict[str, float]:
         """See `controller.Engines`."""
-        return self._engines.restarts
+        of_turns = {} if self.turns is None else self.turns.take_metrics()
+        return {"rollout/engine_restarts": float(self._engines.restarts)} | of_turns
+
+    def memory(self) -> list[MemoryUse]:
+        """In use now, by engine; an engine that died uses nothing."""
+        refs = {name: actor.memory.remote() for name, actor in self._actors.items()}
+        return list(gather_from_living(refs, phase="memory", timeout_s=self._timeout_s)[0].values())
+
+    def sleep(self) -> None:
+        """Give the engines' memory back until the next update. One that has died is found then."""
+        refs = {name: actor.sleep.remote() for name, actor in self._actors.items()}
+        gather_from_living(refs, phase="sleep", timeout_s=self._timeout_s)
+        self._is_asleep = True
 
     @telling_stacks()
     def start(self) -> None:
@@ -79,6 +106,8 @@ class RayEngines:
         Raises:
             WorkerError: a worker failed or is late, or an engine died and may not be started again.
         """
+        if self._is_asleep and self._newest is not None:  # nothing was trained since, or engines would be awake
+            self.update_weights(*self._newest)
         results: dict[int, RolloutGroup] = {}
         while waiting := [row for row in range(len(prompts)) if row not in results]:
             shares = {name: waiting[number :: len(self._actors)] for number, name in enumerate(self._actors)}
@@ -109,11 +138,14 @@ class RayEngines:
             ConfigError: planned copies were asked for, and can't be used.
         """
         weights = cast("PolicyWeights", buckets)
+        if self.turns is not None:
+            self.turns.to_engines()
         try:
             report = self._bring(version, weights, None)
         except WorkersDied as died:
             report = self._recover(died, version, weights)
         self._newest = (version, weights)
+        self._is_asleep = False
         return report
 
     def _recover(self, died: WorkersDied, version: int, weights: PolicyWeights) -> SyncReport:

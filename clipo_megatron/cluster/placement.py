@@ -27,11 +27,45 @@ class Placement:
     """By rank."""
     engines: tuple[Node, ...]
     """By number; all ranks of an engine run on its node."""
+    shared: tuple[tuple[int, ...], ...] = ()
+    """Policy ranks whose devices each engine shares, one for each of its ranks; empty: devices of its own."""
 
     @property
     def is_on_one_node(self) -> bool:
         """Whether all workers share a machine."""
         return len({node.name for node in (*self.policy, *self.engines)}) <= 1
+
+
+def place_colocated(
+    nodes: Sequence[Node], *, ranks: int, ranks_together: int, engines: int, engine_ranks: int
+) -> Placement:
+    """Deal policy ranks to nodes; engines share their devices, in the order of the ranks.
+
+    Args:
+        nodes: as for `place_workers`, as all others.
+        ranks: policy ranks.
+        ranks_together: neighbours that stay on one node.
+        engines: rollout engines; with all their ranks no more than there are policy ranks.
+        engine_ranks: workers of one engine.
+
+    Raises:
+        ConfigError: too few slots, or an engine's devices would lie on two nodes.
+    """
+    policy = place_workers(
+        nodes, ranks=ranks, ranks_together=ranks_together, engines=0, engine_ranks=engine_ranks
+    ).policy
+    shared = tuple(
+        tuple(range(first, first + engine_ranks)) for first in range(0, engines * engine_ranks, engine_ranks)
+    )
+    for number, block in enumerate(shared):
+        places = {policy[rank].address for rank in block}
+        if len(places) > 1:
+            raise ConfigError(
+                f"rollout.colocate = true: engine {number} of rollout.tp = {engine_ranks} would share the devices of policy ranks "
+                f"{block[0]} to {block[-1]}, which are on {' and '.join(sorted(places))}; choose a rollout.tp that divides the "
+                "policy ranks of a node"
+            )
+    return Placement(policy=policy, engines=tuple(policy[block[0]] for block in shared), shared=shared)
 
 
 def place_workers(

@@ -13,6 +13,7 @@ from clipo_megatron.checkpoint.dist_index import WrittenFile
 from clipo_megatron.checkpoint.export import export_hf
 from clipo_megatron.cluster.actors import PolicyActor
 from clipo_megatron.cluster.gather import gather
+from clipo_megatron.cluster.memory_use import MemoryUse
 from clipo_megatron.cluster.stack_dumps import telling_stacks
 from clipo_megatron.policy.settings import PolicySettings
 from clipo_megatron.records import RolloutBatch, Scores, TrainReport, WeightBucket
@@ -44,6 +45,8 @@ class RayPolicy:
         self._settings = settings
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
+        self.take_turn: Callable[[], None] | None = None
+        """Called before the trainer works: engines on the same devices make room."""
         actor = ray.remote(PolicyActor)
         self._actors = [
             actor.options(name=f"policy_{rank}", **options).remote(
@@ -63,13 +66,31 @@ class RayPolicy:
             host, port = self._call([0], "start", lambda actor: actor.open_rendezvous.remote(), timeout_s=limit_s)[0]
             self._call(self._ranks, "start", lambda actor: actor.start.remote(host, port), timeout_s=limit_s)
 
+    def devices(self) -> list[str]:
+        """CUDA's name of each rank's GPU on its node; empty on CPUs."""
+        return self._call(self._ranks, "start", lambda actor: actor.device.remote(), timeout_s=self._start_timeout_s)
+
+    def memory(self) -> list[MemoryUse]:
+        """In use now, by rank."""
+        return self._all("memory", lambda actor: actor.memory.remote())
+
+    def offload(self) -> None:
+        """Move what only training needs to host memory."""
+        self._all("offload", lambda actor: actor.offload.remote())
+
+    def onload(self) -> None:
+        """Bring it back."""
+        self._all("onload", lambda actor: actor.onload.remote())
+
     def score(self, batch: RolloutBatch, *, step: int, with_reference: bool) -> Scores:
         """See `controller.Policy`."""
+        self._make_room()
         ref = ray.put(batch)
         return self._one_result(self._all("score", lambda actor: actor.score.remote(ref, step, with_reference)))
 
     def train(self, batch: RolloutBatch, *, step: int) -> TrainReport:
         """See `controller.Policy`."""
+        self._make_room()
         ref = ray.put(batch)
         return self._one_result(self._all("train", lambda actor: actor.train.remote(ref, step)))
 
@@ -87,6 +108,7 @@ class RayPolicy:
 
     def load(self, folder: Path, *, with_optimizer: bool) -> list[str]:
         """See `controller.Policy`."""
+        self._make_room()
         warnings = self._all("load", lambda actor: actor.load.remote(str(folder.resolve()), with_optimizer))
         return list(dict.fromkeys(warning for found in warnings for warning in found))
 
@@ -143,6 +165,10 @@ class RayPolicy:
         """A phase of the run: one that hangs is over."""
         with telling_stacks():
             return self._call(self._ranks, phase, call)
+
+    def _make_room(self) -> None:
+        if self.take_turn is not None:
+            self.take_turn()
 
     def _call(
         self,

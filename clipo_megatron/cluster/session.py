@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clipo_megatron.cluster.engines import RayEngines
-from clipo_megatron.cluster.placement import Node, place_workers
+from clipo_megatron.cluster.placement import Node, Placement, place_colocated, place_workers
 from clipo_megatron.cluster.policy import RayPolicy
 from clipo_megatron.cluster.settings import Device, engine_settings, policy_settings, sync_settings
+from clipo_megatron.cluster.turns import DeviceTurns
 from clipo_megatron.errors import WorkerError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.rollout.environment import engine_environment
@@ -88,13 +89,11 @@ def _wait_for_nodes() -> None:
 
 @contextmanager
 def _local_ray(recipe: Recipe, *, device: Device) -> Iterator[None]:
-    rollout = recipe.rollout
-    processes = recipe.layout.world_size + rollout.engines * rollout.tp
     # Ray's sockets live in its temporary folder, and a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="clipo", dir="/tmp", ignore_cleanup_errors=True) as folder:
         ray.init(
             address="local",
-            num_cpus=processes,
+            num_cpus=recipe.slots,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -115,7 +114,8 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
         WorkerError: an actor could not start; its log has the traceback.
     """
     rollout, gpus, layout = recipe.rollout, 1 if device == "cuda" else 0, recipe.layout
-    placement = place_workers(
+    find_places = place_colocated if rollout.colocate else place_workers
+    placement = find_places(
         _nodes(device),
         ranks=layout.world_size,
         ranks_together=layout.tp * layout.cp,
@@ -134,10 +134,7 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
     )
     engines = RayEngines(
         engine_settings(recipe, device=device),
-        actor_options=[
-            _options(node, cpus=rollout.tp, gpus=gpus * rollout.tp, environment=engine_environment(device, rollout.tp))
-            for node in placement.engines
-        ],
+        actor_options=_engine_options(recipe, placement, device, policy.devices() if rollout.colocate else []),
         log_folder=log_folder,
         timeout_s=recipe.run.worker_timeout_s,
         start_timeout_s=recipe.run.start_timeout_s,
@@ -145,9 +142,31 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
         max_restarts=rollout.max_restarts,
     )
     policy.start()
+    if rollout.colocate:
+        policy.offload()
     engines.start()
+    if rollout.colocate:
+        DeviceTurns(policy, engines)
     return policy, engines
 
+
+def _engine_options(
+    recipe: Recipe, placement: Placement, device: Device, devices: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Ray's options of each engine. One that shares devices asks for none: it is given those of its policy ranks by name."""
+    tp = recipe.rollout.tp
+    environment = engine_environment(device, tp)
+    if not placement.shared:
+        gpus = tp if device == "cuda" else 0
+        return [_options(node, cpus=tp, gpus=gpus, environment=environment) for node in placement.engines]
+    options = []
+    for node, ranks in zip(placement.engines, placement.shared, strict=True):
+        named = {_VISIBLE: ",".join(devices[rank] for rank in ranks)} if device == "cuda" else {}
+        options.append(_options(node, cpus=0, gpus=0, environment=environment | named))
+    return options
+
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 # One queue of launches: Megatron counts on it that a collective begins before the product that overlaps it.
 _TRAINER_ENVIRONMENT = {"cpu": {"OMP_NUM_THREADS": "1"}, "cuda": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}}

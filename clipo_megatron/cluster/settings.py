@@ -104,6 +104,7 @@ def engine_settings(recipe: Recipe, *, device: Device) -> EngineSettings:
         enforce_eager=rollout.enforce_eager,
         prefix_caching=rollout.prefix_caching,
         seed=recipe.run.seed,
+        sleeps=rollout.colocate,
         return_routed_experts=recipe.experts.routing_replay and has_experts,
     )
 

@@ -165,8 +165,8 @@ class TrainingLoop:
             evaluation = self._evaluate(progress)
         metrics = step_metrics(report, reward_floor=self._recipe.contrastive.reward_floor, seconds=self._clock.take())
         epoch = progress.prompts_taken / len(self._train)
-        metrics["rollout/engine_restarts"] = float(self._engines.restarts)
-        return progress, {"step": float(step), "epoch": epoch} | metrics | evaluation | self._saver.take_metrics()
+        metrics |= evaluation | self._engines.take_metrics() | self._saver.take_metrics()
+        return progress, {"step": float(step), "epoch": epoch} | metrics
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         if self._evaluation is None:

@@ -67,9 +67,8 @@ class Sampler(Protocol):
 class Engines(Sampler, Protocol):
     """The rollout side of a run: all engines as one, kept at the policy's version."""
 
-    @property
-    def restarts(self) -> int:
-        """Engines that were started again because their processes ended, so far."""
+    def take_metrics(self) -> dict[str, float]:
+        """What happened to the engines since the last call: restarts, and whose turn it was on shared devices."""
         ...
 
     def update_weights(self, version: int, buckets: Iterable[object]) -> SyncReport:

@@ -7,7 +7,7 @@ depend on the layout. Random states and FP8 histories belong to a rank: they com
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class StatePart:
     shape: tuple[int, ...]
     """With the leading axes of the global tensor."""
     tensor: Tensor
-    """A reference to its elements, on the policy's device."""
+    """A reference to its elements, on the policy's device or, offloaded, on the host."""
 
 
 class TrainingState:
@@ -83,8 +83,12 @@ class TrainingState:
             "head_skipped": 0 if head is None else head.skipped,
         }
 
-    def parts(self) -> Iterator[StatePart]:
-        """All that this rank writes: one of the ranks that hold the same elements writes them."""
+    def parts(self, readable: Callable[[Tensor], Tensor]) -> Iterator[StatePart]:
+        """All that this rank writes: one of the ranks that hold the same elements writes them.
+
+        Args:
+            readable: gives a tensor of the optimizer, or its copy where it is offloaded.
+        """
         own = self._own_names()
         for name, parameter in self._stage.named_parameters():
             if name in own:
@@ -93,7 +97,7 @@ class TrainingState:
             if self._writes(shard, own):
                 for kind, value in self._values(shard).items():
                     yield from self._cut(
-                        shard.name, value.reshape(-1), prefix=f"{_OPTIMIZER}.{kind}.", start=shard.start
+                        shard.name, readable(value).reshape(-1), prefix=f"{_OPTIMIZER}.{kind}.", start=shard.start
                     )
         if self._head is not None and self._reports:
             for name, tensor in self._head.tensors(with_moments=self._head.steps > 0).items():

@@ -27,6 +27,7 @@ from clipo_megatron.policy.cpu import check_version, cuda_means_cpu
 from clipo_megatron.policy.dist_weights import Sharding
 from clipo_megatron.policy.groups import make_groups
 from clipo_megatron.policy.micro_batch import MicroBatch
+from clipo_megatron.policy.offload import Offload
 from clipo_megatron.policy.packer import Packer, is_sequence_split
 from clipo_megatron.policy.score import PooledStates, Pooling, TokenScores, score_batch
 from clipo_megatron.policy.settings import ContrastiveSettings, PolicySettings
@@ -107,6 +108,8 @@ class PolicyWorker:
         self._snapshot = SnapshotWriter(device=self._device)
         self.sharing = WeightSharing(self._stage, self._architecture, rank=rank)
         """The weights, for engines of this node that copy them where they lie."""
+        self.memory = Offload(self._stage, self._optimizer, device=self._device)
+        """What only training needs; without it the policy still scores, gives out its weights and is saved."""
 
     def _build_head(self, settings: ContrastiveSettings) -> None:
         groups = self._groups
@@ -183,8 +186,9 @@ class PolicyWorker:
             On the rank that reports, means over the updates taken; None on the others.
 
         Raises:
-            CheckError: the batch lacks a column that the loss needs.
+            CheckError: the batch lacks a column that the loss needs, or the optimizer's state is offloaded.
         """
+        self.memory.require_onload("train")
         shares = update_shares(
             batch.group_id,
             updates=self._settings.algorithm.updates_per_step,
@@ -230,7 +234,7 @@ class PolicyWorker:
         Raises:
             CheckError: the save before this one was not finished.
         """
-        self._snapshot.begin(folder / f"__{self._rank}_0.distcp", self._state.parts())
+        self._snapshot.begin(folder / f"__{self._rank}_0.distcp", self._state.parts(self.memory.readable))
 
     def is_saving(self) -> bool:
         """Whether the snapshot is still being written."""
@@ -261,7 +265,9 @@ class PolicyWorker:
 
         Raises:
             CheckpointError: the state is missing, damaged, or of another dtype, architecture or head.
+            CheckError: the optimizer's state is offloaded.
         """
+        self.memory.require_onload("load")
         self.sharing.withdraw()
         with DistReader(folder) as reader:
             return self._state.load(reader, read_plain(folder), with_optimizer=with_optimizer)

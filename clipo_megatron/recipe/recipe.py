@@ -57,6 +57,12 @@ class Recipe(Section):
         return self.layout.degrees
 
     @property
+    def slots(self) -> int:
+        """GPUs that the workers take; on a CPU run as many CPUs."""
+        ranks = self.layout.world_size
+        return ranks if self.rollout.colocate else ranks + self.rollout.engines * self.rollout.tp
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits over every key that changes a step's numbers by more than rounding; a resumed run has the same."""
         content = run_defining_keys(self.model_dump(mode="json"))
@@ -98,6 +104,7 @@ _NOT_IN_FINGERPRINT: tuple[tuple[str, str], ...] = (
     ("sync", ""),
     ("optimizer", "cpu_offload"),
     ("rollout", "engines"),
+    ("rollout", "colocate"),
     ("rollout", "max_restarts"),
     ("rollout", "tp"),
     ("rollout", "max_num_seqs"),

@@ -179,6 +179,15 @@ def _retention(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _colocation(recipe: Recipe) -> Iterator[str]:
+    rollout, ranks = recipe.rollout, recipe.layout.world_size
+    if rollout.colocate and rollout.engines * rollout.tp > ranks:
+        yield (
+            f"rollout.colocate = true: rollout.engines * rollout.tp = {rollout.engines * rollout.tp} engine ranks share the GPUs "
+            f"of layout.world_size = {ranks} trainer ranks, one a GPU; take fewer or smaller engines, or more ranks"
+        )
+
+
 def _sync(recipe: Recipe) -> Iterator[str]:
     section, device = recipe.sync, recipe.run.device
     if section.transport == "stream" and section.verify != "first":
@@ -206,6 +215,7 @@ _RULES = (
     _offload,
     _gate,
     _retention,
+    _colocation,
     _sync,
     _accepted,
 )

@@ -101,6 +101,10 @@ class RolloutSection(Section):
     """vLLM engines; the prompts of a step are dealt among them."""
     tp: Positive = 1
     """Tensor parallel degree of one engine."""
+    colocate: bool = False
+    """Engines share the trainer's GPUs and take turns with it: they sleep while it trains (weights and KV cache freed), and its
+    gradients and optimizer state leave the GPU while they generate. gpu_memory_utilization must leave room for the trainer's
+    weights."""
     max_response_tokens: Positive = 2048
     """A response that reaches this length is cut and counted as truncated."""
     temperature: Annotated[float, Field(ge=0.01)] = 1.0

@@ -18,6 +18,7 @@ from clipo_megatron.rollout.planned_support import planned_sync_problem
 from clipo_megatron.rollout.routes import rollout_routes
 from clipo_megatron.rollout.sampling import rollout_seed, stop_token_ids
 from clipo_megatron.rollout.settings import EngineSettings
+from clipo_megatron.rollout.sleep import Sleep
 from clipo_megatron.rollout.updates import WeightUpdates
 from clipo_megatron.rollout.workers import Workers
 from clipo_megatron.weights.architecture import read_architecture
@@ -53,7 +54,8 @@ class RolloutEngine:
         self._return_routed_experts = settings.return_routed_experts
         self._records_routes = settings.return_routed_experts and settings.device == "cpu"
         self._workers = Workers(_start_vllm(settings), settings.tp)
-        self._updates = WeightUpdates(self._workers, Path(settings.model_path))
+        sleep = Sleep(self._workers, device=settings.device, is_allowed=settings.sleeps)
+        self._updates = WeightUpdates(self._workers, Path(settings.model_path), sleep)
         self._is_closed = False
         if self._records_routes:
             self._workers.call("clipo_record_routes")
@@ -163,6 +165,10 @@ class RolloutEngine:
         """See `WeightUpdates.commit_pull`."""
         self._updates.commit_pull(version, timeout_s=timeout_s)
 
+    def sleep(self) -> None:
+        """See `WeightUpdates.sleep`."""
+        self._updates.sleep()
+
     def abort_update(self) -> None:
         """See `WeightUpdates.abort`."""
         self._updates.abort()
@@ -266,6 +272,7 @@ def _start_vllm(settings: EngineSettings) -> LLM:
         kv_cache_memory_bytes=settings.kv_cache_mib << 20 if on_cpu else None,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         enforce_eager=settings.enforce_eager or on_cpu,
+        enable_sleep_mode=settings.sleeps and not on_cpu,
         enable_prefix_caching=settings.prefix_caching,
         # vLLM 0.32 turns back the generator of a seeded request whose prompt it splits, and a CPU generator can't be.
         enable_chunked_prefill=False if on_cpu else None,

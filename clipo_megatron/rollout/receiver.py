@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    from clipo_megatron.rollout.cpu_cache import CacheMemory
     from clipo_megatron.rollout.cpu_routes import RouteRecorder
     from clipo_megatron.rollout.planned_reload import PlannedReload
     from clipo_megatron.rollout.reload import LayerwiseReload
@@ -39,6 +40,7 @@ class WeightReceiver:
     clipo_reload: LayerwiseReload
     clipo_planned: PlannedReload
     clipo_routes: RouteRecorder
+    clipo_cache: CacheMemory
 
     def clipo_call(self, board: str, call: int, method: str, arguments: Sequence[Any]) -> Reply:
         """Call one of the methods below; what it raises becomes the reply, and the board tells that it has come to its end.
@@ -136,6 +138,27 @@ class WeightReceiver:
     def clipo_abandon_update(self) -> None:
         """Drop a half-done update."""
         _reload_of(self).abandon()
+
+    def clipo_drop_cache(self) -> None:
+        """Free the KV cache, on a CPU."""
+        from clipo_megatron.rollout.cpu_cache import CacheMemory
+
+        if "clipo_cache" not in vars(self):
+            self.clipo_cache = CacheMemory(self.model_runner)
+        self.clipo_cache.drop()
+
+    def clipo_restore_cache(self) -> None:
+        """Make the freed KV cache again, empty."""
+        self.clipo_cache.restore()
+
+    def clipo_clear_weights(self) -> None:
+        """Zeros for weights that were woken with any content: what no update writes, as padding, must be finite.
+
+        On a CPU weights are never given back.
+        """
+        if self.vllm_config.device_config.device_type != "cpu":
+            for parameter in self.model_runner.get_model().parameters():
+                parameter.zero_()
 
     def clipo_record_routes(self) -> None:
         """Record from here on which experts each token is sent to. On CPUs; vLLM itself does it on GPUs."""

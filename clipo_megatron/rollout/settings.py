@@ -32,5 +32,7 @@ class EngineSettings:
     """Share the KV cache of common prompts."""
     seed: int
     """Of vLLM's own generator; requests have their own seeds."""
+    sleeps: bool = False
+    """Can give its memory back between updates, since others work on its devices."""
     return_routed_experts: bool = False
     """Return the experts that each token was sent to. Mixture of experts only; on a GPU it needs prefix_caching."""

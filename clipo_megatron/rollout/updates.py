@@ -12,6 +12,7 @@ from pathlib import Path
 
 from clipo_megatron.errors import ClipoError, EngineError
 from clipo_megatron.records import WeightBucket
+from clipo_megatron.rollout.sleep import Sleep, Tag
 from clipo_megatron.rollout.workers import Workers
 from clipo_megatron.sync.shared_memory import published
 from clipo_megatron.sync.state import SyncState
@@ -22,14 +23,16 @@ from clipo_megatron.weights.names import hf_tensor_specs
 class WeightUpdates:
     """Which weights an engine holds, and how it gets others."""
 
-    def __init__(self, workers: Workers, model_path: Path) -> None:
+    def __init__(self, workers: Workers, model_path: Path, sleep: Sleep) -> None:
         """The model folder's weights are held, which are version None.
 
         Args:
             workers: of the running engine.
             model_path: the model folder.
+            sleep: of the engine; an update wakes it.
         """
         self._workers = workers
+        self._sleep = sleep
         self._model_path = model_path
         self._state = SyncState()
 
@@ -58,6 +61,7 @@ class WeightUpdates:
             EngineError: an update is under way, or the version is not newer than the newest one held.
         """
         self._state.begin(version, hf_tensor_specs(read_architecture(self._model_path)))
+        self._wake("weights")
         self._call("clipo_begin_update")
 
     def load_bucket(self, bucket: WeightBucket) -> None:
@@ -86,6 +90,7 @@ class WeightUpdates:
         """
         self._state.check_complete(version, num_tensors)
         self._call("clipo_finish_update")
+        self._wake("kv_cache")
         self.drop_prefix_cache()
         self._state.commit(version, num_tensors)
 
@@ -117,6 +122,7 @@ class WeightUpdates:
             EngineError: an update is under way, the version is not newer, no plan is open, or a worker is late.
         """
         self._state.begin_pull(version)
+        self._wake("weights")
         self._call("clipo_begin_pull", timeout_s=timeout_s)
 
     def pull(self, version: int, *, verify: bool, timeout_s: float) -> None:
@@ -145,6 +151,7 @@ class WeightUpdates:
         """
         self._state.check_pulled(version)
         self._call("clipo_finish_pull", timeout_s=timeout_s)
+        self._wake("kv_cache")
         self.drop_prefix_cache()
         self._state.commit_pull(version)
 
@@ -152,6 +159,16 @@ class WeightUpdates:
         """Give up an update. The engine is stale until a whole one has been committed; without one nothing changes."""
         self._state.abort()
         self._workers.call("clipo_abandon_update")
+
+    def sleep(self) -> None:
+        """Give weights and KV cache back; nothing is generated before an update has been committed, which wakes the engine.
+
+        Raises:
+            EngineError: an update is under way, or the engine was not started for that.
+        """
+        self._sleep.require_allowed()
+        self._state.sleep()
+        self._sleep.fall_asleep()
 
     def drop_prefix_cache(self) -> None:
         """Forget the keys and values of all prompts.
@@ -162,6 +179,13 @@ class WeightUpdates:
         if not self._workers.require().reset_prefix_cache():
             self._state.abort()
             raise EngineError("the prefix cache could not be dropped: requests are still running; restart the engine")
+
+    def _wake(self, tag: Tag) -> None:
+        try:
+            self._sleep.wake(tag)
+        except ClipoError:
+            self._state.abort()
+            raise
 
     def _call(self, method: str, *arguments: object, timeout_s: float | None = None) -> None:
         """Call a receiver's method on all workers; an error ends the update under way."""

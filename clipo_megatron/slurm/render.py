@@ -41,7 +41,7 @@ def needs_of(recipe: Recipe, *, nodes: int | None, gpus_per_node: int, time: str
     Raises:
         ConfigError: all that is wrong with them: too few nodes, no time.
     """
-    workers = recipe.layout.world_size + recipe.rollout.engines * recipe.rollout.tp
+    workers = recipe.slots
     problems: list[str] = []
     if gpus_per_node < 1:
         problems.append(f"--gpus-per-node = {gpus_per_node}: must be >= 1")
@@ -50,8 +50,9 @@ def needs_of(recipe: Recipe, *, nodes: int | None, gpus_per_node: int, time: str
     is_cpu = recipe.run.device == "cpu"
     least = 1 if is_cpu else -(-workers // max(gpus_per_node, 1))
     if nodes is not None and nodes < least:
+        needs = "layout.world_size" if recipe.rollout.colocate else "layout.world_size + rollout.engines * rollout.tp"
         problems.append(
-            f"--nodes = {nodes}: layout.world_size + rollout.engines * rollout.tp = {workers} GPUs need {least} nodes of "
+            f"--nodes = {nodes}: {needs} = {workers} GPUs need {least} nodes of "
             f"{gpus_per_node}; ask for {least}, or take fewer workers"
         )
     if problems:

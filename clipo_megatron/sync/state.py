@@ -17,6 +17,8 @@ class SyncState:
     An update is sent, in buckets (`begin`, `receive`, `commit`), or pulled by the engine's workers (`begin_pull`, `pulled`,
     `commit_pull`); what belongs to the other way is refused.
 
+    An engine that slept has lost its weights: it is stale until it got some, perhaps those that it held before.
+
     Version None is the model folder that the engine was started from. A stale engine serves nothing until a whole
     update has been committed. Whatever is refused during an update leaves the engine stale.
     """
@@ -25,6 +27,7 @@ class SyncState:
         """Version None is served."""
         self._held: int | None = None
         self._is_stale = False
+        self._has_slept = False
         self._newest: int | None = None
         self._incoming: _Sent | _Pulled | None = None
 
@@ -37,6 +40,8 @@ class SyncState:
         """
         if self._incoming is not None:
             raise EngineError(f"the engine is receiving version {self._incoming.version}: commit or abort it first")
+        if self._has_slept:
+            raise EngineError("the engine's weights are gone since it slept: commit a whole update first")
         if self._is_stale:
             raise EngineError(
                 f"the engine is stale: its last update was not finished (newest version committed: {self._newest}); "
@@ -144,6 +149,18 @@ class SyncState:
         self.check_complete(version, expected_tensors)
         self._serve(version)
 
+    def sleep(self) -> None:
+        """Note that the weights are given back.
+
+        Raises:
+            EngineError: an update is under way.
+        """
+        if self._incoming is not None:
+            raise EngineError(
+                f"asked to sleep while version {self._incoming.version} is being received: commit or abort it first"
+            )
+        self._has_slept = True
+
     def abort(self) -> None:
         """Give up the update under way; the engine stays stale. Without one nothing changes."""
         self._incoming = None
@@ -155,14 +172,15 @@ class SyncState:
                 f"asked to receive version {version}, but version {self._incoming.version} is under way: "
                 "commit or abort it first"
             )
-        if self._newest is not None and version <= self._newest:
+        oldest = self._newest if self._has_slept or self._newest is None else self._newest + 1
+        if oldest is not None and version < oldest:
             raise EngineError(f"asked to receive version {version}, but version {self._newest} has been held: too late")
         self._incoming = incoming
         self._is_stale = True
 
     def _serve(self, version: int) -> None:
         self._held, self._newest = version, version
-        self._incoming, self._is_stale = None, False
+        self._incoming, self._is_stale, self._has_slept = None, False, False
 
     def _sending_under_way(self, version: int) -> _Sent:
         incoming = self._under_way(version)

@@ -31,6 +31,7 @@ def tiny_settings(
     dtype: str = "float32",
     return_routed_experts: bool = False,
     kv_cache_mib: int = 64,
+    sleeps: bool = False,
 ) -> EngineSettings:
     """Settings that fit a tiny model."""
     return EngineSettings(
@@ -46,6 +47,7 @@ def tiny_settings(
         prefix_caching=True,
         seed=0,
         return_routed_experts=return_routed_experts,
+        sleeps=sleeps,
     )
 
 
@@ -57,10 +59,16 @@ def tiny_engine(
     dtype: str = "float32",
     return_routed_experts: bool = False,
     kv_cache_mib: int = 64,
+    sleeps: bool = False,
 ) -> Iterator[RolloutEngine]:
     """An engine on a tiny model folder, in this process; closed at the end."""
     settings = tiny_settings(
-        folder, tp=tp, dtype=dtype, return_routed_experts=return_routed_experts, kv_cache_mib=kv_cache_mib
+        folder,
+        tp=tp,
+        dtype=dtype,
+        return_routed_experts=return_routed_experts,
+        kv_cache_mib=kv_cache_mib,
+        sleeps=sleeps,
     )
     with pytest.MonkeyPatch.context() as patch:
         for name, value in engine_environment("cpu", tp).items():

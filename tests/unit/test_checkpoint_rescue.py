@@ -24,8 +24,6 @@ from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, Sampli
 class FailingEngines:
     """Sample in the first step and fail in the second one, while the ranks still write."""
 
-    restarts = 0
-
     def __init__(self, may_write: threading.Event) -> None:
         self._may_write = may_write
 
@@ -44,6 +42,9 @@ class FailingEngines:
 
     def update_weights(self, version: int, buckets: Iterable[object]) -> None:
         pass
+
+    def take_metrics(self) -> dict[str, float]:
+        return {}
 
 
 class Undecided:

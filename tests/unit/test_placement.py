@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clipo_megatron.cluster.placement import Node, Placement, place_workers
+from clipo_megatron.cluster.placement import Node, Placement, place_colocated, place_workers
 from clipo_megatron.errors import ConfigError
 
 
@@ -66,3 +66,34 @@ def test_too_few_slots_are_refused_with_all_numbers():
         place_workers(_nodes(4, 4), ranks=8, ranks_together=1, engines=2, engine_ranks=1)
     with pytest.raises(ConfigError, match=r"1 engines of rollout\.tp = 4 find no node"):
         place_workers(_nodes(3, 3), ranks=2, ranks_together=1, engines=1, engine_ranks=4)
+
+
+@given(
+    slots=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    groups=st.integers(1, 6),
+    together=st.sampled_from([1, 2, 4]),
+    engines=st.integers(1, 6),
+    tp=st.sampled_from([1, 2, 4]),
+)
+def test_engines_that_share_devices_take_no_slot_and_each_device_has_one_engine_rank(
+    slots, groups, together, engines, tp
+):
+    ranks = groups * together
+    assume(engines * tp <= ranks)
+    nodes = _nodes(*slots)
+    try:
+        placement = place_colocated(nodes, ranks=ranks, ranks_together=together, engines=engines, engine_ranks=tp)
+    except ConfigError:
+        assume(False)
+    assert all(Counter(_names(placement)[0])[node.name] <= node.slots for node in nodes)
+    assert [rank for block in placement.shared for rank in block] == list(range(engines * tp))
+    for node, block in zip(placement.engines, placement.shared, strict=True):
+        assert len(block) == tp
+        assert {placement.policy[rank].name for rank in block} == {node.name}
+
+
+def test_an_engine_whose_devices_would_lie_on_two_nodes_is_refused_with_both():
+    with pytest.raises(
+        ConfigError, match=r"engine 1 of rollout.tp = 2 .* ranks 2 to 3, which are on 10.0.0.0 and 10.0.0.1"
+    ):
+        place_colocated(_nodes(3, 3), ranks=6, ranks_together=1, engines=2, engine_ranks=2)

@@ -21,6 +21,7 @@ WITHOUT_INFLUENCE = {
     "data.train",
     "optimizer.cpu_offload",
     "rewards.workers",
+    "rollout.colocate",
     "rollout.enforce_eager",
     "rollout.engines",
     "rollout.gpu_memory_utilization",

@@ -51,6 +51,12 @@ CASES: list[tuple[Values, str, Values]] = [
         "sync.transport = ipc: not on run.device = cpu; set it to shm",
         {"sync.transport": "auto"},
     ),
+    # shared devices
+    (
+        {"layout.world_size": 4, "rollout.colocate": True, "rollout.engines": 3, "rollout.tp": 2},
+        "rollout.colocate = true: rollout.engines * rollout.tp = 6 engine ranks share the GPUs of layout.world_size = 4",
+        {"rollout.engines": 2},
+    ),
     # ranks
     (
         {"layout.world_size": 6, "layout.cp": 4},

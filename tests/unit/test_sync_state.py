@@ -220,3 +220,42 @@ def test_the_two_ways_of_an_update_are_not_mixed() -> None:
         state.pulled(1)
     with pytest.raises(EngineError, match="stale"):
         state.ready(None)
+
+
+@pytest.mark.parametrize("version", [None, 1, 2])
+def test_an_engine_that_slept_serves_nothing_until_a_whole_update_is_committed(version: int | None) -> None:
+    state = SyncState()
+    _update(state, 1)
+    state.sleep()
+    state.sleep()
+    for change in (lambda: None, lambda: state.begin(1, MANIFEST), state.abort):
+        change()
+        with pytest.raises(EngineError, match=r"weights are gone since it slept|receiving version 1"):
+            state.ready(version)
+
+
+@pytest.mark.parametrize("pulls", [False, True])
+def test_after_a_sleep_the_version_that_was_held_may_come_again_once(pulls: bool) -> None:
+    state = SyncState()
+    _update(state, 3)
+    state.sleep()
+    with pytest.raises(EngineError, match="version 2, but version 3 has been held: too late"):
+        state.begin_pull(2)
+    state.begin(3, MANIFEST)  # given up: still asleep
+    state.abort()
+    if pulls:
+        state.begin_pull(3)
+        state.pulled(3)
+        state.commit_pull(3)
+    else:
+        _update(state, 3)
+    state.ready(3)
+    with pytest.raises(EngineError, match="version 3, but version 3 has been held: too late"):
+        state.begin(3, MANIFEST)
+
+
+def test_an_engine_can_not_sleep_during_an_update() -> None:
+    state = SyncState()
+    state.begin(1, MANIFEST)
+    with pytest.raises(EngineError, match="asked to sleep while version 1 is being received"):
+        state.sleep()
