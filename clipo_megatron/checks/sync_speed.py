@@ -12,16 +12,14 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from clipo_megatron.checks.sync_trainer import serve_parameters, whole_tensors
+from clipo_megatron.checks.sync_speed_result import SyncSpeed, SyncSpeedSettings
+from clipo_megatron.checks.sync_trainer import received, serve_parameters, whole_tensors
 from clipo_megatron.errors import ClipoError, WorkerError
-from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.rollout.environment import engine_environment
 from clipo_megatron.rollout.settings import EngineSettings
 from clipo_megatron.sync.bucket import pack_buckets
@@ -33,81 +31,11 @@ from clipo_megatron.sync.planner import plan_sync
 from clipo_megatron.sync.shared_parameters import SharedHandles, open_shared, reading
 from clipo_megatron.weights.architecture import read_architecture
 
+if TYPE_CHECKING:
+    from clipo_megatron.rollout.engine import RolloutEngine
+
 Way = Callable[[], None]
-_GB = 1e9
 _ENGINE_TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SyncSpeedSettings:
-    """What is measured."""
-
-    model_path: Path
-    """Hugging Face folder with weights; with a tokenizer if an engine is started."""
-    dtype: Literal["float32", "bfloat16"]
-    device: Literal["cpu", "cuda"]
-    trainer: ParallelLayout
-    """All of its ranks in one process; on a GPU all on the same one."""
-    engine_tp: int
-    """All ranks of the engine in turn; a real engine runs them at the same time."""
-    repeats: int
-    """Timed turns; one more is run before, untimed."""
-    bucket_mib: int
-    """Of the path with whole tensors."""
-    with_engine: bool
-    """Start a real engine; it takes 10 s or more."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SyncSpeed:
-    """Medians, in seconds; None where it was not measured."""
-
-    num_bytes: int
-    """Copied into all ranks of one engine."""
-    copies: int
-    memory_copy_s: float
-    """As many bytes from one warm buffer of the process into another: the floor."""
-    planned_s: float
-    """The plan's copies out of the trainer's process, stamps checked before and after."""
-    verify_s: float
-    """Checksums of all slices on both sides."""
-    open_s: float
-    """Once: opening the trainer's memory, first touch of every page."""
-    bind_s: float
-    """Once: laying out all copies."""
-    engine_planned_s: float | None
-    """A real engine, begin to commit, by the plan; on a CPU it repacks all weights for its kernels."""
-    engine_whole_s: float | None
-    """A real engine, begin to commit, with whole tensors in buckets through vLLM's own loading."""
-
-    @property
-    def of_floor(self) -> float:
-        """Rate of the planned copies over that of a plain copy."""
-        return self.memory_copy_s / self.planned_s
-
-    @property
-    def planned_gb_per_s(self) -> float:
-        """Rate of the planned copies."""
-        return self.num_bytes / _GB / self.planned_s
-
-    @property
-    def memory_gb_per_s(self) -> float:
-        """Rate of a plain copy."""
-        return self.num_bytes / _GB / self.memory_copy_s
-
-    @property
-    def times_faster(self) -> float | None:
-        """The whole tensors' time over that of the planned copies."""
-        return None if self.engine_whole_s is None else self.engine_whole_s / self.planned_s
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """All fields, and the ratios."""
-        return asdict(self) | {
-            "of_floor": self.of_floor,
-            "planned_gb_per_s": self.planned_gb_per_s,
-            "memory_gb_per_s": self.memory_gb_per_s,
-            "times_faster": self.times_faster,
-        }
 
 
 def measure_sync_speed(settings: SyncSpeedSettings) -> SyncSpeed:
@@ -178,7 +106,8 @@ class _Measurement:
         self._arch = read_architecture(settings.model_path)
         self._plan = self._make_plan()
         self._version = 0
-        self._handles = [SharedHandles.from_json(text) for text in _received(trainer)]
+        self._engine: RolloutEngine | None = None
+        self._handles = [SharedHandles.from_json(text) for text in received(trainer)]
         start = time.perf_counter()
         self._opened = [open_shared(handles) for handles in self._handles]
         self._open_s = time.perf_counter() - start
@@ -195,9 +124,13 @@ class _Measurement:
             "planned_s": self._copy_planned,
             "verify_s": self._verify,
         }
+        problems = self._native_problems()
         if self._settings.with_engine:
-            ways |= self._engine_ways()
+            ways |= self._engine_ways(with_ipc="ipc" not in problems)
         seconds = self._medians(ways)
+        self._close_engine()
+        if "nccl" not in problems:
+            seconds["vllm_nccl_s"] = self._native_nccl()
         return SyncSpeed(
             num_bytes=self.num_bytes,
             copies=sum(bound.num_copies for bound in self._bound),
@@ -208,6 +141,9 @@ class _Measurement:
             bind_s=self._bind_s,
             engine_planned_s=seconds.get("engine_planned_s"),
             engine_whole_s=seconds.get("engine_whole_s"),
+            vllm_ipc_s=seconds.get("vllm_ipc_s"),
+            vllm_nccl_s=seconds.get("vllm_nccl_s"),
+            not_measured=problems,
         )
 
     def _make_plan(self) -> SyncPlan:
@@ -246,7 +182,7 @@ class _Measurement:
     def _next_version(self) -> None:
         self._version += 1
         self._trainer.send(self._version)
-        _received(self._trainer)
+        received(self._trainer)
 
     def _copy_planned(self) -> None:
         with reading(self._opened, self._version):
@@ -260,10 +196,39 @@ class _Measurement:
             bound.source_checksums()
             bound.target_checksums()
 
-    def _engine_ways(self) -> dict[str, Way]:
+    def _native_problems(self) -> dict[str, str]:
+        settings = self._settings
+        if not settings.with_engine:
+            return dict.fromkeys(("ipc", "nccl"), "no engine was asked for")
+        from clipo_megatron.checks.sync_native import native_problem
+
+        found = {b: native_problem(b, device=settings.device, engine_tp=settings.engine_tp) for b in ("ipc", "nccl")}
+        return {backend: problem for backend, problem in found.items() if problem}
+
+    def _close_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _native_nccl(self) -> float:
+        from clipo_megatron.checks.sync_native import median_seconds, nccl_way
         from clipo_megatron.rollout.engine import RolloutEngine
 
-        engine = RolloutEngine(_engine_settings(self._settings))
+        settings = self._settings
+        self._engine = RolloutEngine(_engine_settings(settings, native_transfer="nccl"))
+        try:
+            with nccl_way(self._engine, settings.model_path, settings.trainer, settings.dtype) as way:
+                return median_seconds(way, repeats=settings.repeats)
+        finally:
+            self._close_engine()
+
+    def _engine_ways(self, *, with_ipc: bool) -> dict[str, Way]:
+        from clipo_megatron.checks.sync_native import ipc_way
+        from clipo_megatron.rollout.engine import RolloutEngine
+
+        engine = RolloutEngine(_engine_settings(self._settings, native_transfer="ipc" if with_ipc else ""))
+        self._engine = engine
+        ways: dict[str, Way] = {"vllm_ipc_s": ipc_way(engine, self._trainer)} if with_ipc else {}
         bucket_bytes = self._settings.bucket_mib << 20
 
         def whole() -> None:
@@ -280,24 +245,18 @@ class _Measurement:
             engine.pull(self._version, verify=False, timeout_s=_ENGINE_TIMEOUT_S)
             engine.commit_pull(self._version, timeout_s=_ENGINE_TIMEOUT_S)
 
-        if engine.planned_sync_problem(is_asked_for=True):
-            return {"engine_whole_s": whole}
-        engine.open_plan(to_json(self._plan), 0, [handles.to_json() for handles in self._handles])
-        return {"engine_whole_s": whole, "engine_planned_s": planned}
+        ways["engine_whole_s"] = whole
+        if not engine.planned_sync_problem(is_asked_for=True):
+            engine.open_plan(to_json(self._plan), 0, [handles.to_json() for handles in self._handles])
+            ways["engine_planned_s"] = planned
+        return ways
 
     def _finished(self, _: object) -> None:
         if self._settings.device == "cuda":
             torch.cuda.synchronize()
 
 
-def _received(pipe: Connection) -> Any:  # noqa: ANN401 (what the other end sends)
-    try:
-        return pipe.recv()
-    except EOFError:
-        raise WorkerError("the trainer's process died; its traceback is above") from None
-
-
-def _engine_settings(settings: SyncSpeedSettings) -> EngineSettings:
+def _engine_settings(settings: SyncSpeedSettings, *, native_transfer: Literal["", "ipc", "nccl"]) -> EngineSettings:
     return EngineSettings(
         model_path=str(settings.model_path),
         dtype=settings.dtype,
@@ -310,4 +269,5 @@ def _engine_settings(settings: SyncSpeedSettings) -> EngineSettings:
         enforce_eager=settings.device == "cpu",
         prefix_caching=True,
         seed=0,
+        native_transfer=native_transfer,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from clipo_megatron.errors import WorkerError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.sync.shared_parameters import share
 from clipo_megatron.weights.architecture import Architecture, read_architecture
@@ -23,21 +25,27 @@ from clipo_megatron.weights.names import (
     padded_vocab_size,
 )
 
+if TYPE_CHECKING:
+    from clipo_megatron.rollout.native_transfer import NcclSender
+
 Parameters = Mapping[str, Tensor]
 
 
 def serve_parameters(pipe: Connection, model_path: Path, layout: ParallelLayout, dtype: str, device: str) -> None:
     """The process's main function: sends the handles of all ranks, as JSON; then each number received is a new version.
 
-    For every version all weights are moved a little, and "" is sent when they are there. Ends with the pipe.
+    For every version all weights are moved a little, and "" is sent when they are there. Other messages ask for vLLM's own
+    transfer: see `_Native`. Ends with the pipe.
 
     Args:
         pipe: to the benchmark.
         model_path: Hugging Face folder.
         layout: of the trainer; a stage's data parallel copies are held as well.
         dtype: torch's name.
-        device: "cpu" or "cuda", all ranks on the first GPU.
+        device: "cpu" or "cuda", all ranks on the first GPU; "cuda:1": on the second.
     """
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     arch = read_architecture(model_path)
     shared = []
     parameters: list[dict[str, Tensor]] = []
@@ -49,11 +57,11 @@ def serve_parameters(pipe: Connection, model_path: Path, layout: ParallelLayout,
     for of_rank in shared:
         of_rank.end_change(0)
     pipe.send([of_rank.handles.to_json() for of_rank in shared])
-    while True:
-        try:
-            version = pipe.recv()
-        except EOFError:
-            return
+    native = _Native(pipe, lambda: whole_tensors(parameters, arch, layout))
+    for version in _messages(pipe):
+        if not isinstance(version, int):
+            native.answer(version)
+            continue
         for of_rank in shared:
             of_rank.begin_change()
         for of_rank in parameters:
@@ -62,6 +70,55 @@ def serve_parameters(pipe: Connection, model_path: Path, layout: ParallelLayout,
         for of_rank in shared:
             of_rank.end_change(version)
         pipe.send("")
+
+
+def _messages(pipe: Connection) -> Iterator[object]:
+    while True:
+        try:
+            yield pipe.recv()
+        except EOFError:
+            return
+
+
+def received(pipe: Connection) -> Any:  # noqa: ANN401 (what the other end sends)
+    """The next message of the trainer's process.
+
+    Raises:
+        WorkerError: it died.
+    """
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise WorkerError("the trainer's process died; its traceback is above") from None
+
+
+class _Native:
+    """The sending end of vLLM's own transfer: whole tensors are gathered for each update, as a trainer does."""
+
+    def __init__(self, pipe: Connection, gathered: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+        self._pipe = pipe
+        self._gathered = gathered
+        self._kept: list[tuple[str, Tensor]] = []
+        self._sender: NcclSender | None = None
+
+    def answer(self, message: object) -> None:
+        """("nccl", address, port): meet the engine. "nccl", "ipc": one update, told of first."""
+        from clipo_megatron.rollout.native_transfer import NcclSender, ipc_update, nccl_update
+
+        if isinstance(message, tuple):
+            _, address, port = message
+            self._sender = NcclSender(address=address, port=port)
+            self._pipe.send("")
+            return
+        self._kept = [(name, tensor.contiguous()) for name, tensor in self._gathered()]
+        if message == "ipc":
+            torch.cuda.synchronize()
+            self._pipe.send(ipc_update(self._kept))
+            return
+        assert self._sender is not None
+        self._pipe.send(nccl_update(self._kept))
+        self._sender.send(self._kept)
+        self._pipe.send("")
 
 
 def whole_tensors(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(found: dict[str, float | int | None], recipe: Recipe) -> None:
+def _print(found: dict[str, Any], recipe: Recipe) -> None:
     num_bytes = found["num_bytes"] or 0
     table = Table(
         title=f"{num_bytes / 1e9:,.3f} GB of {recipe.model.dtype} weights into one engine of tp={recipe.rollout.tp}, medians",
@@ -87,6 +88,8 @@ def _print(found: dict[str, float | int | None], recipe: Recipe) -> None:
         ("verify_s", "checksums of both sides"),
         ("engine_planned_s", "engine stall, planned (CPU: with repacking)"),
         ("engine_whole_s", "engine stall, whole tensors"),
+        ("vllm_ipc_s", "engine stall, vLLM's own ipc transfer"),
+        ("vllm_nccl_s", "engine stall, vLLM's own nccl transfer"),
     ):
         seconds = found[name]
         cells = ("not measured", "", "")
@@ -95,6 +98,8 @@ def _print(found: dict[str, float | int | None], recipe: Recipe) -> None:
         table.add_row(text, *cells)
     console = Console(width=max(Console().width, _WIDTH), soft_wrap=True, highlight=False)
     console.print(table)
+    for backend, reason in found["not_measured"].items():
+        console.print(f"vLLM's own {backend} transfer was not measured: {reason}")
     console.print(
         f"once: opening the trainer's memory {1e3 * (found['open_s'] or 0):,.1f} ms, laying out "
         f"{found['copies']:,} copies {1e3 * (found['bind_s'] or 0):,.1f} ms"

@@ -14,6 +14,7 @@ from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.errors import CheckError, EngineError
 from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, Routes, Sampling, VersionSpan, WeightBucket
 from clipo_megatron.rollout.environment import environment_problems
+from clipo_megatron.rollout.native_transfer import NativeTransfer
 from clipo_megatron.rollout.planned_support import planned_sync_problem
 from clipo_megatron.rollout.routes import rollout_routes
 from clipo_megatron.rollout.sampling import rollout_seed, stop_token_ids
@@ -128,6 +129,11 @@ class RolloutEngine:
     def commit_update(self, version: int, num_tensors: int) -> None:
         """See `WeightUpdates.commit`."""
         self._updates.commit(version, num_tensors)
+
+    @property
+    def native(self) -> NativeTransfer:
+        """The weight transfer of vLLM itself, if the settings name one."""
+        return NativeTransfer(self._workers, self._settings.native_transfer)
 
     def planned_sync_problem(self, *, is_asked_for: bool) -> str:
         """Why this engine must not be filled by a plan; empty if it may be. See rollout/planned_support.py."""
@@ -256,6 +262,9 @@ def _check_environment(device: str, tp: int) -> None:
 def _start_vllm(settings: EngineSettings) -> LLM:
     make_llm = _import_vllm(settings.device)
     on_cpu = settings.device == "cpu"
+    from vllm.config import WeightTransferConfig
+
+    native = WeightTransferConfig(backend=settings.native_transfer) if settings.native_transfer else None
     return make_llm(
         model=settings.model_path,
         # Ids in, ids out. The tokenizer's and generation_config.json's ideas about sampling stay out as well.
@@ -278,6 +287,7 @@ def _start_vllm(settings: EngineSettings) -> LLM:
         enable_chunked_prefill=False if on_cpu else None,
         max_num_batched_tokens=max(_CPU_BATCH_TOKENS, settings.max_model_len) if on_cpu else None,
         enable_return_routed_experts=settings.return_routed_experts and not on_cpu,
+        weight_transfer_config=native,
         worker_extension_cls="clipo_megatron.rollout.receiver.WeightReceiver",
         seed=settings.seed,
     )

@@ -34,5 +34,7 @@ class EngineSettings:
     """Of vLLM's own generator; requests have their own seeds."""
     sleeps: bool = False
     """Can give its memory back between updates, since others work on its devices."""
+    native_transfer: Literal["", "ipc", "nccl"] = ""
+    """vLLM's own weight transfer that the engine is ready for; only to measure it."""
     return_routed_experts: bool = False
     """Return the experts that each token was sent to. Mixture of experts only; on a GPU it needs prefix_caching."""

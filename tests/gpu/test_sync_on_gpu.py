@@ -5,6 +5,7 @@ No GPU was at hand when these tests were written: they have not been run yet. A 
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,14 +15,18 @@ import torch
 from support.architectures import small_architecture
 from support.plan_cases import Case, shards_of
 from support.plans import UNWRITTEN, numbered_folder, shapes_by_layer, sliced_engine_rank
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from clipo_megatron.checks.sync_speed import SyncSpeedSettings, measure_sync_speed
+from clipo_megatron.checks.sync_speed import measure_sync_speed
+from clipo_megatron.checks.sync_speed_result import SyncSpeed, SyncSpeedSettings
 from clipo_megatron.errors import EngineError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.sync.executor import PlannedCopies
 from clipo_megatron.sync.placement import place_apart
 from clipo_megatron.sync.plan import EngineLayout
 from clipo_megatron.sync.shared_parameters import SharedHandles, open_shared, reading, share
+from clipo_megatron.weights.reduced import write_random_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,37 +96,53 @@ def test_an_engine_rank_pulls_its_slices_of_each_version(tmp_path: Path) -> None
     process.join(30)
 
 
-def test_planned_copies_of_three_gigabytes_take_at_most_ten_times_the_floor(tmp_path: Path) -> None:
-    from clipo_megatron.weights.reduced import write_random_model
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32_768,
+    "max_position_embeddings": 4096,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 0,
+}
+"""Three gigabytes in bfloat16."""
 
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 32_768,
-        "max_position_embeddings": 4096,
-        "rope_theta": 1e6,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "eos_token_id": 0,
-    }
-    found = measure_sync_speed(
+
+def _measured(folder: Path, *, with_engine: bool) -> SyncSpeed:
+    return measure_sync_speed(
         SyncSpeedSettings(
-            model_path=write_random_model(tmp_path / "model", config, seed=0),
+            model_path=folder,
             dtype="bfloat16",
             device="cuda",
             trainer=ParallelLayout(world_size=1),
             engine_tp=1,
             repeats=9,
             bucket_mib=256,
-            with_engine=False,
+            with_engine=with_engine,
         )
     )
+
+
+def test_planned_copies_of_three_gigabytes_take_at_most_ten_times_the_floor(tmp_path: Path) -> None:
+    found = _measured(write_random_model(tmp_path / "model", CONFIG, seed=0), with_engine=False)
     assert found.of_floor > 0.1
+
+
+def test_a_real_engine_is_updated_by_plan_and_by_vllm_itself_in_one_run(tmp_path: Path) -> None:
+    folder = write_random_model(tmp_path / "model", CONFIG, seed=0)
+    words = Tokenizer(models.WordLevel({"end": 0, "unknown": 1}, unk_token="unknown"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="end", pad_token="end").save_pretrained(folder)
+    found = _measured(folder, with_engine=True)
+    print(json.dumps(found.as_dict(), indent=1))
+    assert found.engine_planned_s is not None
+    assert found.vllm_ipc_s is not None
+    assert found.engine_planned_s > found.planned_s > 0.0

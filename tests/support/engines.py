@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ def tiny_settings(
     return_routed_experts: bool = False,
     kv_cache_mib: int = 64,
     sleeps: bool = False,
+    native_transfer: Literal["", "ipc", "nccl"] = "",
 ) -> EngineSettings:
     """Settings that fit a tiny model."""
     return EngineSettings(
@@ -48,6 +50,7 @@ def tiny_settings(
         seed=0,
         return_routed_experts=return_routed_experts,
         sleeps=sleeps,
+        native_transfer=native_transfer,
     )
 
 
@@ -60,6 +63,7 @@ def tiny_engine(
     return_routed_experts: bool = False,
     kv_cache_mib: int = 64,
     sleeps: bool = False,
+    native_transfer: Literal["", "ipc", "nccl"] = "",
 ) -> Iterator[RolloutEngine]:
     """An engine on a tiny model folder, in this process; closed at the end."""
     settings = tiny_settings(
@@ -69,6 +73,7 @@ def tiny_engine(
         return_routed_experts=return_routed_experts,
         kv_cache_mib=kv_cache_mib,
         sleeps=sleeps,
+        native_transfer=native_transfer,
     )
     with pytest.MonkeyPatch.context() as patch:
         for name, value in engine_environment("cpu", tp).items():

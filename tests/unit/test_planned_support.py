@@ -22,5 +22,12 @@ def test_what_was_tested_may_be_filled() -> None:
 def test_what_was_not_tested_is_told(key: str, value: str) -> None:
     problem = planned_sync_problem(**TESTED | {key: value}, is_asked_for=False)
     assert value.removesuffix(".0") in problem
-    # A device that was not tested is the user's own choice; another number or name would be wrong weights.
+    # A GPU is the user's own choice; another number or name would be wrong weights.
     assert (planned_sync_problem(**TESTED | {key: value}, is_asked_for=True) == "") == (key == "device")
+
+
+@pytest.mark.parametrize(("release", "may"), [("0.23.1", False), ("0.24.0", True), ("0.32.2", True), ("0.33.0", False)])
+def test_on_a_gpu_that_was_asked_for_the_project_s_releases_may_be_filled(release: str, may: bool) -> None:
+    asked = TESTED | {"device": "cuda", "release": release}
+    assert (planned_sync_problem(**asked, is_asked_for=True) == "") == may
+    assert planned_sync_problem(**TESTED | {"release": "0.24.0"}, is_asked_for=True) != ""
