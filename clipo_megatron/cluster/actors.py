@@ -23,9 +23,12 @@ from clipo_megatron.errors import EngineError
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport, WeightBucket
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
     from clipo_megatron.checkpoint.dist_index import WrittenFile
     from clipo_megatron.policy.settings import PolicySettings
     from clipo_megatron.rollout.settings import EngineSettings
+    from clipo_megatron.sync.meeting import Meeting
 
 logger = logging.getLogger(__name__)
 
@@ -65,24 +68,12 @@ class PolicyActor(LoggedWorker):
         self._timeout_s = timeout_s
         logger.info("rank %d is process %d on %s", rank, os.getpid(), socket.gethostname())
         self._stream: Iterator[WeightBucket] | None = None
+        self._meeting_point: tuple[str, TCPStore] | None = None
 
     @reports_failure
     def open_rendezvous(self) -> tuple[str, int]:
         """Start the store that all ranks meet at; the port is the one the system gave. Rank 0 only."""
-        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-        host = ray.util.get_node_ip_address()
-        # A socket of its own: the store would listen on all interfaces, and it asks nobody who he is.
-        listener = socket.create_server((host, 0))
-        port = listener.getsockname()[1]
-        self._store = TCPStore(
-            host,
-            port,
-            self._settings.layout.world_size,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        host, self._store = _serve_store(self._settings.layout.world_size)
         return host, self._store.port
 
     @reports_failure
@@ -168,6 +159,24 @@ class PolicyActor(LoggedWorker):
         return self._worker.sharing.share()
 
     @reports_failure
+    def open_meeting_point(self) -> tuple[str, int]:
+        """Start the store that engine ranks meet the trainer's at, once. Rank 0 only."""
+        if self._meeting_point is None:
+            self._meeting_point = _serve_store(None)
+        host, store = self._meeting_point
+        return host, store.port
+
+    @reports_failure
+    def open_links(self, plan: str, meeting: Meeting) -> None:
+        """See `WeightSharing.open_links`."""
+        self._worker.sharing.open_links(plan, meeting)
+
+    @reports_failure
+    def send_weights(self, version: int, verify: bool, only: Sequence[int]) -> None:
+        """See `WeightSharing.send`."""
+        self._worker.sharing.send(version, verify=verify, only=only)
+
+    @reports_failure
     def offer_weights(self, version: int) -> None:
         """See `WeightSharing.offer`."""
         self._worker.sharing.offer(version)
@@ -196,6 +205,19 @@ class PolicyActor(LoggedWorker):
         """Take part in the stream's collectives and keep nothing."""
         for _ in self._worker.hf_tensors():
             pass
+
+
+def _serve_store(world_size: int | None) -> tuple[str, TCPStore]:
+    """A store on this node's interface of the cluster, and its host; the port is one that the system gave."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    host = ray.util.get_node_ip_address()
+    # A socket of its own: the store would listen on all interfaces, and it asks nobody who he is.
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return host, TCPStore(
+        host, port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 class EngineActor(LoggedWorker):
@@ -267,6 +289,11 @@ class EngineActor(LoggedWorker):
     def open_plan(self, plan: str, handles: Sequence[str]) -> tuple[int, float]:
         """See `RolloutEngine.open_plan`."""
         return self._engine.open_plan(plan, self._number, handles)
+
+    @reports_failure
+    def open_links(self, plan: str, meeting: Meeting) -> tuple[int, float]:
+        """See `RolloutEngine.open_links`."""
+        return self._engine.open_links(plan, self._number, meeting)
 
     @reports_failure
     def begin_pull(self, version: int, timeout_s: float) -> None:

@@ -171,7 +171,7 @@ class RayEngines:
             self._is_opened = True
             self._newcomers.clear()
         if self._planned is not None:
-            self._planned.admit(self._newcomers)
+            self._planned.admit(self._newcomers, weights)
             self._newcomers.clear()
             return self._planned.update(version, weights, only=only)
         return self._stream(version, weights, only)

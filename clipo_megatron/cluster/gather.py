@@ -34,13 +34,16 @@ class WorkersLate(WorkerError):
         self.workers = tuple(workers)
 
 
-def gather(refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) -> dict[str, Any]:
+def gather(
+    refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float, blames_late: bool = False
+) -> dict[str, Any]:
     """Wait for one result of each worker.
 
     Args:
         refs: pending result of each worker, by worker name.
         phase: what they do, for messages.
         timeout_s: deadline of all together.
+        blames_late: the workers wait for one another: if some fail, those that say nothing are the cause.
 
     Returns:
         The results, by worker name.
@@ -51,8 +54,11 @@ def gather(refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) -
         WorkerError: a worker failed (the first cause is told).
     """
     found = _wait(refs, timeout_s, outlasts_deaths=False)
-    if found.failures:
-        raise _first_cause(found.failures, phase)
+    cause = _first_cause(found.failures, phase) if found.failures else None
+    if found.late and blames_late and not isinstance(cause, WorkersDied):
+        raise _late(found.late, phase, timeout_s)
+    if cause is not None:
+        raise cause
     if found.late:
         raise _late(found.late, phase, timeout_s)
     return {name: found.results[name] for name in refs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import ray
 
-from clipo_megatron.cluster.gather import WorkersDied, gather
+from clipo_megatron.cluster.gather import WorkersDied
 from clipo_megatron.cluster.policy import PolicyWeights
+from clipo_megatron.cluster.sync_ways import Actors, Deadline, Links, SharedMemory, Way
 from clipo_megatron.errors import ConfigError, WorkerError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.records import SyncReport
-from clipo_megatron.sync.placement import place_apart
+from clipo_megatron.sync.placement import Placement
 from clipo_megatron.sync.plan import EngineLayout
 from clipo_megatron.sync.plan_json import to_json
 from clipo_megatron.sync.planner import plan_sync
@@ -24,26 +25,35 @@ from clipo_megatron.weights.architecture import read_architecture
 
 logger = logging.getLogger(__name__)
 
-_ENGINE_MARGIN_S = 10.0
-"""An engine of several workers has the deadline itself and names the worker; the driver waits this much longer for it."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncSettings:
     """How weights come from the trainer to the engines."""
 
-    transport: Literal["auto", "stream", "shm", "ipc"]
+    transport: Literal["auto", "stream", "shm", "ipc", "gloo", "nccl"]
     verify: Literal["first", "always", "never"]
     timeout_s: float
     """Deadline of each phase."""
+    bucket_bytes: int
+    """Of what is sent at once between nodes."""
     model_path: Path
     """Hugging Face folder; its config.json only."""
     dtype: str
     trainer: ParallelLayout
     engines: EngineLayout
     device: Literal["cpu", "cuda"]
-    is_on_one_node: bool
-    """Whether trainer and engines share a machine: planned copies read the trainer's memory."""
+    gpus: Placement
+    """Where the ranks of trainer and engines run: the nearest ones give."""
+
+    @property
+    def is_on_one_node(self) -> bool:
+        """Whether trainer and engines share a machine, and so its memory."""
+        return max(*self.gpus.trainer, *self.gpus.engines) < self.gpus.gpus_per_node
+
+    @property
+    def deadline(self) -> Deadline:
+        """Of each phase."""
+        return Deadline(timeout_s=self.timeout_s, engine_tp=self.engines.tp)
 
 
 class PlannedSync:
@@ -51,28 +61,33 @@ class PlannedSync:
 
     def __init__(
         self,
-        actors: Mapping[str, Any],
+        actors: Actors,
         settings: SyncSettings,
         *,
-        plan: tuple[ray.ObjectRef, ray.ObjectRef],
+        way: Way,
         num_bytes: int,
         floor_s: float,
     ) -> None:
         """See `open_planned_sync`."""
         self._actors = actors
         self._settings = settings
-        self._plan = plan
+        self._way = way
         self._num_bytes = num_bytes
         self._floor_s = floor_s
         self._is_first = True
 
-    def admit(self, names: Collection[str]) -> None:
+    @property
+    def transport(self) -> str:
+        """The way's name, as in the recipe."""
+        return self._way.name
+
+    def admit(self, newcomers: Collection[str], weights: PolicyWeights) -> None:
         """Have engines that took the place of others open the plan.
 
         Raises:
             WorkerError: a worker failed, died or is late.
         """
-        _of_all(self._only(names), self._settings, "sync begin", lambda actor: actor.open_plan.remote(*self._plan))
+        self._way.admit(self._actors, newcomers, weights)
 
     def update(self, version: int, weights: PolicyWeights, *, only: Collection[str] | None = None) -> SyncReport:
         """Bring `version` to all engines, or to some. One that fails stays without a version and refuses to generate.
@@ -86,7 +101,7 @@ class PlannedSync:
         self.transfer(version, weights, verify=verified, only=only)
         self.commit(version, only=only)
         self._is_first = False
-        return SyncReport(transport=_transport(self._settings), num_bytes=self._num_bytes, floor_seconds=self._floor_s)
+        return SyncReport(transport=self._way.name, num_bytes=self._num_bytes, floor_seconds=self._floor_s)
 
     def begin(self, version: int, weights: PolicyWeights, *, only: Collection[str] | None = None) -> None:
         """All trainer ranks offer `version`; then no engine serves anything."""
@@ -98,10 +113,11 @@ class PlannedSync:
     def transfer(
         self, version: int, weights: PolicyWeights, *, verify: bool, only: Collection[str] | None = None
     ) -> None:
-        """All engines copy; then all trainer ranks must still offer the same weights."""
+        """All engines get their slices; then all trainer ranks must still offer the same weights."""
         timeout_s = self._settings.timeout_s
         with self._aborting():
-            self._all("sync transfer", only, lambda actor: actor.pull.remote(version, verify, timeout_s))
+            names = self._actors if only is None else only
+            self._way.transfer(self._actors, version, weights, verify=verify, only=names)
             weights.confirm(timeout_s=timeout_s)
 
     def commit(self, version: int, *, only: Collection[str] | None = None) -> None:
@@ -120,14 +136,12 @@ class PlannedSync:
             raise
 
     def _all(self, phase: str, only: Collection[str] | None, call: Callable[[Any], ray.ObjectRef]) -> None:
-        _of_all(self._only(only), self._settings, phase, call)
-
-    def _only(self, names: Collection[str] | None) -> dict[str, Any]:
-        return {name: actor for name, actor in self._actors.items() if names is None or name in names}
+        refs = {name: call(actor) for name, actor in self._actors.items() if only is None or name in only}
+        self._settings.deadline.of_engines(phase, refs)
 
 
-def open_planned_sync(actors: Mapping[str, Any], settings: SyncSettings, weights: PolicyWeights) -> PlannedSync | None:
-    """Plan, share the trainer's parameters and have all engines open them; None where streams are to be used, which is logged.
+def open_planned_sync(actors: Actors, settings: SyncSettings, weights: PolicyWeights) -> PlannedSync | None:
+    """Plan, and bring trainer and engines together; None where streams are to be used, which is logged.
 
     Raises:
         ConfigError: planned copies were asked for, and can't be used.
@@ -136,7 +150,7 @@ def open_planned_sync(actors: Mapping[str, Any], settings: SyncSettings, weights
         return None
     problem, opened = _open(actors, settings, weights)
     if opened is not None:
-        logger.info("weight sync: planned copies (%s)", _transport(settings))
+        logger.info("weight sync: planned copies (%s)", opened.transport)
         return opened
     if settings.transport != "auto":
         raise ConfigError(f"sync.transport = {settings.transport}: {problem}; set it to auto or stream")
@@ -144,49 +158,33 @@ def open_planned_sync(actors: Mapping[str, Any], settings: SyncSettings, weights
     return None
 
 
-def _open(actors: Mapping[str, Any], settings: SyncSettings, weights: PolicyWeights) -> tuple[str, PlannedSync | None]:
+def _open(actors: Actors, settings: SyncSettings, weights: PolicyWeights) -> tuple[str, PlannedSync | None]:
     """Why not, or the sync."""
     is_asked_for = settings.transport != "auto"
-    if not settings.is_on_one_node:
-        return "trainer and engines are on several nodes, and planned copies read memory of their own node", None
+    if settings.transport in ("shm", "ipc") and not settings.is_on_one_node:
+        return "trainer and engines are on several nodes, and these copies read memory of their own node", None
     try:
-        problems = _of_all(
-            actors, settings, "sync begin", lambda actor: actor.planned_sync_problem.remote(is_asked_for)
-        )
-        for name, problem in problems.items():
+        refs = {name: actor.planned_sync_problem.remote(is_asked_for) for name, actor in actors.items()}
+        for name, problem in settings.deadline.of_engines("sync begin", refs).items():
             if problem:
                 return f"{name}: {problem}", None
-        plan, handles = ray.put(_plan(settings)), ray.put(weights.share(timeout_s=settings.timeout_s))
-        costs = _of_all(actors, settings, "sync begin", lambda actor: actor.open_plan.remote(plan, handles)).values()
+        way = _way(settings)
+        costs = way.open(actors, weights).values()
     except WorkersDied:
         raise  # no fault of the plan
     except (WorkerError, ConfigError) as error:
         return str(error), None
     num_bytes, floor_s = sum(cost[0] for cost in costs), max(cost[1] for cost in costs)
-    return "", PlannedSync(actors, settings, plan=(plan, handles), num_bytes=num_bytes, floor_s=floor_s)
+    return "", PlannedSync(actors, settings, way=way, num_bytes=num_bytes, floor_s=floor_s)
 
 
-def _plan(settings: SyncSettings) -> str:
+def _way(settings: SyncSettings) -> Way:
     trainer, engines = settings.trainer, settings.engines
-    num_ranks = trainer.world_size + engines.num_ranks
-    return to_json(
-        plan_sync(
-            read_architecture(settings.model_path),
-            trainer,
-            engines,
-            place_apart(trainer_ranks=trainer.world_size, engine_ranks=engines.num_ranks, gpus_per_node=num_ranks),
-            dtype=settings.dtype,
-        )
-    )
-
-
-def _transport(settings: SyncSettings) -> str:
-    return "shm" if settings.device == "cpu" else "ipc"
-
-
-def _of_all(
-    actors: Mapping[str, Any], settings: SyncSettings, phase: str, call: Callable[[Any], ray.ObjectRef]
-) -> dict[str, Any]:
-    margin_s = _ENGINE_MARGIN_S if settings.engines.tp > 1 else 0.0
-    refs = {name: call(actor) for name, actor in actors.items()}
-    return gather(refs, phase=phase, timeout_s=settings.timeout_s + margin_s)
+    arch = read_architecture(settings.model_path)
+    plan = to_json(plan_sync(arch, trainer, engines, settings.gpus, dtype=settings.dtype))
+    is_cpu = settings.device == "cpu"
+    if settings.transport in ("gloo", "nccl") or not settings.is_on_one_node:
+        ranks = trainer.world_size + engines.num_ranks
+        name = "gloo" if is_cpu else "nccl"
+        return Links(name, plan, settings.deadline, ranks=ranks, bucket_bytes=settings.bucket_bytes)
+    return SharedMemory("shm" if is_cpu else "ipc", plan, settings.deadline)

@@ -17,6 +17,7 @@ from clipo_megatron.cluster.memory_use import MemoryUse
 from clipo_megatron.cluster.stack_dumps import telling_stacks
 from clipo_megatron.policy.settings import PolicySettings
 from clipo_megatron.records import RolloutBatch, Scores, TrainReport, WeightBucket
+from clipo_megatron.sync.meeting import Meeting
 
 
 class RayPolicy:
@@ -126,6 +127,18 @@ class RayPolicy:
         """Let engines of this node read the parameters of all ranks, once; how to open them, by rank."""
         return self._call(self._ranks, "sync begin", lambda actor: actor.share_weights.remote(), timeout_s=timeout_s)
 
+    def meeting_point(self, *, timeout_s: float) -> tuple[str, int]:
+        """Host and port of the store at which trainer and engine ranks meet."""
+        return self._call([0], "sync begin", lambda actor: actor.open_meeting_point.remote(), timeout_s=timeout_s)[0]
+
+    def open_links(self, plan: ray.ObjectRef, meeting: Meeting) -> dict[str, ray.ObjectRef]:
+        """Have every rank meet the engines; by worker name, to be waited for together with theirs."""
+        return {f"policy_{rank}": self._actors[rank].open_links.remote(plan, meeting) for rank in self._ranks}
+
+    def send_weights(self, version: int, *, verify: bool, only: Sequence[int]) -> dict[str, ray.ObjectRef]:
+        """Have every rank send `version` to some engine ranks; by worker name, to be waited for together with theirs."""
+        return {f"policy_{rank}": self._actors[rank].send_weights.remote(version, verify, only) for rank in self._ranks}
+
     def offer_weights(self, version: int, *, timeout_s: float) -> None:
         """Have every rank say that its shared parameters are those of `version`, until they change."""
         self._call(self._ranks, "sync begin", lambda actor: actor.offer_weights.remote(version), timeout_s=timeout_s)
@@ -202,6 +215,18 @@ class PolicyWeights:
     def share(self, *, timeout_s: float) -> list[str]:
         """See `RayPolicy.share_weights`."""
         return self._policy.share_weights(timeout_s=timeout_s)
+
+    def meeting_point(self, *, timeout_s: float) -> tuple[str, int]:
+        """See `RayPolicy.meeting_point`."""
+        return self._policy.meeting_point(timeout_s=timeout_s)
+
+    def open_links(self, plan: ray.ObjectRef, meeting: Meeting) -> dict[str, ray.ObjectRef]:
+        """See `RayPolicy.open_links`."""
+        return self._policy.open_links(plan, meeting)
+
+    def send(self, *, verify: bool, only: Sequence[int]) -> dict[str, ray.ObjectRef]:
+        """See `RayPolicy.send_weights`."""
+        return self._policy.send_weights(self._version, verify=verify, only=only)
 
     def offer(self, *, timeout_s: float) -> None:
         """See `RayPolicy.offer_weights`."""

@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clipo_megatron.cluster.engines import RayEngines
-from clipo_megatron.cluster.placement import Node, Placement, place_colocated, place_workers
+from clipo_megatron.cluster.placement import Node, Placement, place_colocated, place_workers, sync_placement
 from clipo_megatron.cluster.policy import RayPolicy
 from clipo_megatron.cluster.settings import Device, engine_settings, policy_settings, sync_settings
 from clipo_megatron.cluster.turns import DeviceTurns
@@ -138,7 +138,7 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
         log_folder=log_folder,
         timeout_s=recipe.run.worker_timeout_s,
         start_timeout_s=recipe.run.start_timeout_s,
-        sync=sync_settings(recipe, device=device, is_on_one_node=placement.is_on_one_node),
+        sync=sync_settings(recipe, device=device, gpus=sync_placement(placement, engine_ranks=rollout.tp)),
         max_restarts=rollout.max_restarts,
     )
     policy.start()

@@ -12,6 +12,7 @@ from clipo_megatron.policy.precision import PrecisionSettings
 from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings, PolicySettings
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.rollout.settings import EngineSettings
+from clipo_megatron.sync.placement import Placement
 from clipo_megatron.sync.plan import EngineLayout
 from clipo_megatron.weights.architecture import read_architecture
 
@@ -109,16 +110,17 @@ def engine_settings(recipe: Recipe, *, device: Device) -> EngineSettings:
     )
 
 
-def sync_settings(recipe: Recipe, *, device: Device, is_on_one_node: bool) -> SyncSettings:
+def sync_settings(recipe: Recipe, *, device: Device, gpus: Placement) -> SyncSettings:
     """How a recipe's weights come from the trainer to the engines."""
     return SyncSettings(
         transport=recipe.sync.transport,
         verify=recipe.sync.verify,
         timeout_s=recipe.sync.timeout_s,
+        bucket_bytes=recipe.sync.bucket_mib << 20,
         model_path=Path(recipe.model.path).resolve(),
         dtype=recipe.model.dtype,
         trainer=parallel_layout(recipe),
         engines=EngineLayout(engines=recipe.rollout.engines, tp=recipe.rollout.tp),
         device=device,
-        is_on_one_node=is_on_one_node,
+        gpus=gpus,
     )

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from clipo_megatron.errors import CheckError
+from collections.abc import Collection
+
+from torch import Tensor
+
+from clipo_megatron.errors import CheckError, EngineError
 from clipo_megatron.policy.stage import Stage
+from clipo_megatron.sync.meeting import Meeting
+from clipo_megatron.sync.plan_json import from_json
+from clipo_megatron.sync.process_group_transport import PlannedSends
 from clipo_megatron.sync.shared_parameters import SharedParameters, share
 from clipo_megatron.weights.architecture import Architecture
 from clipo_megatron.weights.holdings import table_name
@@ -22,7 +29,9 @@ class WeightSharing:
         """
         self._stage = stage
         self._architecture = architecture
+        self._rank = rank
         self._owner = f"trainer rank {rank}"
+        self._sends: PlannedSends | None = None
         self._shared: SharedParameters | None = None
         self._offered: int | None = None
 
@@ -33,9 +42,42 @@ class WeightSharing:
             EngineError: there is no room for shared memory; nothing has been moved then.
         """
         if self._shared is None:
-            named = ((table_name(name, self._architecture), tensor) for name, tensor in self._stage.named_parameters())
-            self._shared = share({name: tensor.data for name, tensor in named if name}, owner=self._owner)
+            self._shared = share(self._named(), owner=self._owner)
         return self._shared.handles.to_json()
+
+    def open_links(self, plan: str, meeting: Meeting) -> None:
+        """Meet the engines' ranks, which must do so at the same time, and lay out what this rank sends them.
+
+        Args:
+            plan: of the whole sync, as JSON.
+            meeting: of all ranks.
+
+        Raises:
+            EngineError: the plan does not fit the parameters, or a rank did not come.
+        """
+        self._sends = None  # its connections may be to engines that are gone
+        try:
+            group = meeting.join(self._rank)
+        except RuntimeError as error:
+            raise EngineError(f"{self._owner}: the engines can't be met: {str(error).splitlines()[0]}") from error
+        self._sends = PlannedSends(from_json(plan), self._rank, self._named(), group, bucket_bytes=meeting.bucket_bytes)
+
+    def send(self, version: int, *, verify: bool, only: Collection[int] | None) -> None:
+        """Send the weights, which are offered as `version`; see `PlannedSends.send`.
+
+        Raises:
+            CheckError: they are not offered so, or no links are open.
+            EngineError: an engine rank is late or gone.
+        """
+        self.confirm(version)
+        if self._sends is None:
+            raise CheckError(f"{self._owner}: asked to send version {version}, but no links are open: open them first")
+        self._sends.send(version, verify=verify, only=only)
+
+    def _named(self) -> dict[str, Tensor]:
+        """By the plan's names; a tied output layer that is a copy is left out."""
+        named = ((table_name(name, self._architecture), tensor) for name, tensor in self._stage.named_parameters())
+        return {name: tensor.data for name, tensor in named if name}
 
     def withdraw(self) -> None:
         """To be called before a weight is changed."""
@@ -44,17 +86,18 @@ class WeightSharing:
             self._shared.begin_change()
 
     def offer(self, version: int) -> None:
-        """Let engines read the weights as `version`, until `withdraw`.
+        """Let engines have the weights as `version`, until `withdraw`.
 
         Raises:
-            CheckError: they were not shared.
+            CheckError: they were not shared, and no links are open.
             EngineError: a parameter was moved since.
         """
-        if self._shared is None:
+        if self._shared is not None:
+            self._shared.end_change(version)
+        elif self._sends is None:
             raise CheckError(
                 f"{self._owner}: asked to offer version {version}, but its weights are not shared: share first"
             )
-        self._shared.end_change(version)
         self._offered = version
 
     def confirm(self, version: int) -> None:

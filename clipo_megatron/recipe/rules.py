@@ -188,6 +188,9 @@ def _colocation(recipe: Recipe) -> Iterator[str]:
         )
 
 
+_OTHER_DEVICE = {("shm", "cuda"): "ipc", ("gloo", "cuda"): "nccl", ("ipc", "cpu"): "shm", ("nccl", "cpu"): "gloo"}
+
+
 def _sync(recipe: Recipe) -> Iterator[str]:
     section, device = recipe.sync, recipe.run.device
     if section.transport == "stream" and section.verify != "first":
@@ -195,9 +198,14 @@ def _sync(recipe: Recipe) -> Iterator[str]:
             f"sync.verify = {section.verify}: has an effect only on planned copies, found sync.transport = stream, whose "
             "buckets always have checksums; leave it out"
         )
-    if (section.transport, device) in (("shm", "cuda"), ("ipc", "cpu")):
-        other = "ipc" if device == "cuda" else "shm"
+    other = _OTHER_DEVICE.get((section.transport, device))
+    if other is not None:
         yield f"sync.transport = {section.transport}: not on run.device = {device}; set it to {other}, auto or stream"
+    if section.transport == "nccl" and recipe.rollout.colocate:
+        yield (
+            "sync.transport = nccl: NCCL does not connect two processes on one GPU, found rollout.colocate = true; set it to "
+            "ipc, auto or stream"
+        )
 
 
 def _accepted(recipe: Recipe) -> Iterator[str]:

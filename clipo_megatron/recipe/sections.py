@@ -242,15 +242,16 @@ class RewardSection(Section):
 class SyncSection(Section):
     """Moving the weights to the engines."""
 
-    transport: Literal["auto", "stream", "shm", "ipc"] = "auto"
-    """stream: whole Hugging Face tensors in buckets, through vLLM's own loading. shm (CPU), ipc (GPU): engines of the
-    trainer's node copy their slices straight out of its parameters, by a plan. auto: such copies where they are tested
-    (today CPUs with vLLM 0.32 and the families of this project) and there is room for them, else stream; the log says why."""
+    transport: Literal["auto", "stream", "shm", "ipc", "gloo", "nccl"] = "auto"
+    """stream: whole Hugging Face tensors in buckets, through vLLM's own loading. The others move slices by a plan. shm (CPU),
+    ipc (GPU): engines of the trainer's node copy them straight out of its parameters. gloo (CPU), nccl (GPU): trainer ranks send
+    them straight to the engine ranks, also to other nodes. auto: the first kind on one node, the second on several, where they
+    are tested (today CPUs with vLLM 0.32 and the families of this project), else stream; the log says why."""
     verify: Literal["first", "always", "never"] = "first"
     """Compare the checksum of each copied slice with the trainer's: in the first sync of a start, in all, in none. Buckets
     of a stream always have checksums."""
     bucket_mib: Positive = 256
-    """Size of one bucket of whole Hugging Face tensors; a larger tensor travels alone."""
+    """Size of one bucket of whole Hugging Face tensors, or of slices that are sent between nodes; a larger one travels alone."""
     timeout_s: PositiveFloat = 600.0
     """Deadline of each phase of a sync (begin, transfer, commit); past it the run ends and names who is late."""
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
     from vllm.outputs import RequestOutput
 
+    from clipo_megatron.sync.meeting import Meeting
+
 _CPU_BATCH_TOKENS = 4096
 """Prompt tokens of one forward on a CPU; prompts that don't fit wait for the next one."""
 
@@ -154,10 +156,17 @@ class RolloutEngine:
         Raises:
             EngineError: also if this engine must not be filled by a plan.
         """
-        problem = self.planned_sync_problem(is_asked_for=True)
-        if problem:
-            raise EngineError(f"{problem}; set sync.transport to stream")
+        self._require_planned()
         return self._updates.open_plan(plan, engine, handles)
+
+    def open_links(self, plan: str, engine: int, meeting: Meeting) -> tuple[int, float]:
+        """See `WeightUpdates.open_links`.
+
+        Raises:
+            EngineError: also if this engine must not be filled by a plan.
+        """
+        self._require_planned()
+        return self._updates.open_links(plan, engine, meeting)
 
     def begin_pull(self, version: int, *, timeout_s: float) -> None:
         """See `WeightUpdates.begin_pull`."""
@@ -189,6 +198,10 @@ class RolloutEngine:
         self._workers.close()
         gc.collect()  # the model is part of reference cycles
         cleanup_dist_env_and_memory()
+
+    def _require_planned(self) -> None:
+        if problem := self.planned_sync_problem(is_asked_for=True):
+            raise EngineError(f"{problem}; set sync.transport to stream")
 
     def _parameters(self, seed: int, sampling: Sampling) -> SamplingParams:
         from vllm import SamplingParams

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
     from clipo_megatron.rollout.cpu_cache import CacheMemory
     from clipo_megatron.rollout.cpu_routes import RouteRecorder
+    from clipo_megatron.rollout.linked_reload import LinkedReload
     from clipo_megatron.rollout.planned_reload import PlannedReload
     from clipo_megatron.rollout.reload import LayerwiseReload
+    from clipo_megatron.sync.meeting import Meeting
 
 # What vLLM's loaders raise for tensors that do not fit the model.
 _EXPECTED = (ClipoError, RuntimeError, ValueError, KeyError, AttributeError, AssertionError, OSError)
@@ -38,7 +40,7 @@ class WeightReceiver:
     model_config: ModelConfig
     model_runner: GPUModelRunner
     clipo_reload: LayerwiseReload
-    clipo_planned: PlannedReload
+    clipo_planned: PlannedReload | LinkedReload
     clipo_routes: RouteRecorder
     clipo_cache: CacheMemory
 
@@ -117,6 +119,34 @@ class WeightReceiver:
         self.clipo_planned = opened
         return self.clipo_planned.num_bytes, self.clipo_planned.floor_seconds
 
+    def clipo_open_links(self, plan: str, engine: int, meeting: Meeting) -> tuple[int, float]:
+        """Meet the trainer and lay out what is received in planned syncs; an earlier plan is closed if this one can be used.
+
+        Args:
+            plan: as JSON.
+            engine: number of this engine in it.
+            meeting: of all ranks.
+
+        Returns:
+            Bytes of a sync into this worker, and the seconds that copying them takes at least.
+        """
+        from clipo_megatron.rollout.linked_reload import LinkedReload
+        from clipo_megatron.sync.plan_json import from_json
+
+        of_all = from_json(plan)
+        if "clipo_planned" in vars(self):  # its connections may be to engines that are gone
+            self.clipo_planned.close()
+            del self.clipo_planned
+        self.clipo_planned = LinkedReload(
+            self.model_runner.get_model(),  # pyright: ignore[reportArgumentType]
+            of_all,
+            meeting.join(of_all.trainer.world_size + engine * of_all.engines.tp + self.rank),
+            engine=engine,
+            rank=self.rank,
+            bucket_bytes=meeting.bucket_bytes,
+        )
+        return self.clipo_planned.num_bytes, self.clipo_planned.floor_seconds
+
     def clipo_begin_pull(self) -> None:
         """Get ready for a pull."""
         if "clipo_planned" not in vars(self):
@@ -124,7 +154,7 @@ class WeightReceiver:
         self.clipo_planned.begin(_reload_of(self))
 
     def clipo_pull(self, version: int, verify: bool) -> None:
-        """Copy the weights of `version` out of the trainer's memory, by the plan."""
+        """Copy the weights of `version` out of the trainer's memory, or receive them, by the plan."""
         self.clipo_planned.fill(_reload_of(self), version, verify=verify)
 
     def clipo_finish_pull(self) -> None:

@@ -14,6 +14,7 @@ from clipo_megatron.errors import ClipoError, EngineError
 from clipo_megatron.records import WeightBucket
 from clipo_megatron.rollout.sleep import Sleep, Tag
 from clipo_megatron.rollout.workers import Workers
+from clipo_megatron.sync.meeting import Meeting
 from clipo_megatron.sync.shared_memory import published
 from clipo_megatron.sync.state import SyncState
 from clipo_megatron.weights.architecture import read_architecture
@@ -109,6 +110,23 @@ class WeightUpdates:
             EngineError: the plan does not fit this engine or the trainer, or the memory can't be opened from here.
         """
         found = self._workers.call("clipo_open_plan", plan, engine, list(handles))
+        return sum(num_bytes for num_bytes, _ in found), max(seconds for _, seconds in found)
+
+    def open_links(self, plan: str, engine: int, meeting: Meeting) -> tuple[int, float]:
+        """Meet the trainer's ranks, which must do so at the same time, and lay out what they will send.
+
+        Args:
+            plan: as JSON.
+            engine: number of this engine in it.
+            meeting: of all ranks.
+
+        Returns:
+            As `open_plan`.
+
+        Raises:
+            EngineError: the plan does not fit this engine, or a rank did not come.
+        """
+        found = self._workers.call("clipo_open_links", plan, engine, meeting)
         return sum(num_bytes for num_bytes, _ in found), max(seconds for _, seconds in found)
 
     def begin_pull(self, version: int, *, timeout_s: float) -> None:

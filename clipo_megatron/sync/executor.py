@@ -16,7 +16,14 @@ from torch import Tensor
 from clipo_megatron.errors import CheckError, EngineError
 from clipo_megatron.sync.checksums import checksum
 from clipo_megatron.sync.plan import Shape, SyncPlan, Transfer
-from clipo_megatron.sync.slices import check_parameter, dtype_of, filled, source_views, target_views, zero_padding
+from clipo_megatron.sync.slices import (
+    check_parameter,
+    dtype_of,
+    engine_tensors,
+    source_views,
+    target_views,
+    zero_padding,
+)
 
 Sources = Mapping[int, Mapping[str, Tensor]]
 """Trainer rank -> name in the plan -> parameter."""
@@ -71,11 +78,10 @@ class PlannedCopies:
                 for template, name in zip(transfer.copy.source_parameters, transfer.source_parameters, strict=True)
             ]
             self._slices[transfer.parameter].append(_Slice(transfer, source_views(transfer.copy, wholes)))
-        layers = sorted({layer for flow in plan.flows for layer in flow.layers})
-        named = {template: filled(template, layers) for template in plan.engine_shapes}
-        self.parameters = {name: plan.engine_shapes[template] for template, names in named.items() for name in names}
+        tensors = engine_tensors(plan)
+        self.parameters = {name: shape for name, (shape, _) in tensors.items()}
         """Name in the plan -> shape of everything that the rank holds (`live_name` of weights/engine_parameters.py)."""
-        self._dtypes = {name: dtype_of(plan, template) for template, names in named.items() for name in names}
+        self._dtypes = {name: dtype for name, (_, dtype) in tensors.items()}
         self.num_bytes = sum(plan.num_bytes(transfer.copy) for transfer in transfers)
         """Of one whole sync."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, Protocol
 
 import torch
@@ -17,7 +17,14 @@ from torch import Tensor
 from clipo_megatron.errors import CheckError, EngineError
 from clipo_megatron.sync.link_buckets import BUFFERS, LinkBucket, buckets_into, buckets_out_of, checksums_with
 from clipo_megatron.sync.plan import Copy, SyncPlan, Transfer
-from clipo_megatron.sync.slices import check_parameter, dtype_of, filled, source_views, target_views, zero_padding
+from clipo_megatron.sync.slices import (
+    check_parameter,
+    dtype_of,
+    engine_tensors,
+    source_views,
+    target_views,
+    zero_padding,
+)
 
 
 class Work(Protocol):
@@ -99,20 +106,22 @@ class PlannedSends:
         self._links = _Links(group, buckets, device, first_rank=plan.trainer.world_size, peer="engine rank")
 
     @torch.no_grad()
-    def send(self, version: int, *, verify: bool) -> None:
+    def send(self, version: int, *, verify: bool, only: Collection[int] | None = None) -> None:
         """Send all slices; returns when their buffers are free again.
 
         Args:
             version: of the weights; receivers refuse another one than they expect.
             verify: send the checksum of each slice afterwards.
+            only: engine ranks, counted over all engines, that receive; None: all.
 
         Raises:
             EngineError: an engine rank did not take its slices in time; the group is of no use any more.
         """
         links = self._links
-        links.wait_all([(peer, links.send(links.number(version), peer)) for peer in links.peers])
+        peers = [peer for peer in links.peers if only is None or peer in only]
+        links.wait_all([(peer, links.send(links.number(version), peer)) for peer in peers])
         under_way: deque[tuple[int, Work]] = deque()
-        for bucket in links.buckets:
+        for bucket in (bucket for bucket in links.buckets if bucket.peer in peers):
             if len(under_way) == BUFFERS:
                 links.wait(*under_way.popleft())
             for part in bucket.parts:
@@ -121,7 +130,7 @@ class PlannedSends:
             under_way.append((bucket.peer, links.send(bucket.content, bucket.peer)))
         links.wait_all(list(under_way))
         if verify:
-            links.wait_all([(peer, links.send(links.checksums(peer), peer)) for peer in links.peers])
+            links.wait_all([(peer, links.send(links.checksums(peer), peer)) for peer in peers])
 
 
 class PlannedReceives:
@@ -262,14 +271,12 @@ def _checked_targets(
     plan: SyncPlan, engine: int, engine_rank: int, targets: Mapping[str, Tensor]
 ) -> dict[str, list[Copy]]:
     """The copies into each parameter."""
-    layers = sorted({layer for flow in plan.flows for layer in flow.layers})
     copies: dict[str, list[Copy]] = {}
-    for template, shape in plan.engine_shapes.items():
-        for name in filled(template, layers):
-            if name not in targets:
-                raise EngineError(f"engine {engine} rank {engine_rank} has no parameter {name}, which the plan fills")
-            check_parameter(f"engine parameter {name}", targets[name], shape, dtype_of(plan, template))
-            copies[name] = []
+    for name, (shape, dtype) in engine_tensors(plan).items():
+        if name not in targets:
+            raise EngineError(f"engine {engine} rank {engine_rank} has no parameter {name}, which the plan fills")
+        check_parameter(f"engine parameter {name}", targets[name], shape, dtype)
+        copies[name] = []
     for name in targets:
         if name not in copies:
             raise EngineError(f"{name}: the plan has no such engine parameter among its {len(copies)}")

@@ -65,6 +65,16 @@ def filled(template: str, layers: Sequence[int]) -> list[str]:
     return [template.replace("{layer}", str(layer)) for layer in (layers if "{layer}" in template else NO_LAYER)]
 
 
+def engine_tensors(plan: SyncPlan) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Shape and dtype of everything that an engine rank holds, by its name in the plan with the layer filled in."""
+    layers = sorted({layer for flow in plan.flows for layer in flow.layers})
+    return {
+        name: (shape, dtype_of(plan, template))
+        for template, shape in plan.engine_shapes.items()
+        for name in filled(template, layers)
+    }
+
+
 def dtype_of(plan: SyncPlan, template: str) -> torch.dtype:
     """Of a parameter of either side, by its name in the plan's shapes."""
     return getattr(torch, plan.dtypes.get(template, plan.dtype))

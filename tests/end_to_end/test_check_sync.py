@@ -39,10 +39,13 @@ def _check(*arguments: object) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_synced_engines_agree_with_the_policy_and_stale_ones_do_not(write_recipe) -> None:
-    code, out, err = _check(write_recipe("qwen3"), "sync.transport=stream")
+@pytest.mark.parametrize(
+    ("transport", "overrides"), [("stream", ()), ("gloo", ("rollout.tp=2",)), ("shm", ("rollout.colocate=true",))]
+)
+def test_synced_engines_agree_with_the_policy_and_stale_ones_do_not(write_recipe, transport, overrides) -> None:
+    code, out, err = _check(write_recipe("qwen3"), f"sync.transport={transport}", *overrides)
     assert code == 0, f"{out}\n{err}"
-    for words in ("tp=2 into 1 engines", "8 prompts", "without sync: max", "stream"):
+    for words in ("tp=2 into 1 engines", "8 prompts", "without sync: max", transport):
         assert words in out, f"{words}\n{out}"
     assert "sync holds: 3 versions" in err
     assert "Traceback" not in err

@@ -5,6 +5,7 @@ Whoever fails is named with the phase; no engine serves a version that it does n
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -24,6 +25,7 @@ from support.tiny_models import make_tiny_hf
 from clipo_megatron.cluster.engines import RayEngines
 from clipo_megatron.cluster.planned_sync import PlannedSync, SyncSettings, open_planned_sync
 from clipo_megatron.cluster.policy import PolicyWeights, RayPolicy
+from clipo_megatron.cluster.sync_ways import Deadline
 from clipo_megatron.errors import ConfigError, WorkerError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.policy.precision import PrecisionSettings
@@ -31,6 +33,7 @@ from clipo_megatron.policy.settings import AlgorithmSettings, OptimizerSettings,
 from clipo_megatron.records import RolloutGroup
 from clipo_megatron.rollout.environment import engine_environment
 from clipo_megatron.rollout.settings import EngineSettings
+from clipo_megatron.sync.placement import place_apart
 from clipo_megatron.sync.plan import EngineLayout
 
 PHASES = ("begin", "transfer", "commit")
@@ -139,7 +142,8 @@ def _sync_settings(folder: Path, timeout_s: float = TIMEOUT_S) -> SyncSettings:
         trainer=ParallelLayout(world_size=2, pp=2),
         engines=EngineLayout(engines=NUM_ENGINES, tp=1),
         device="cpu",
-        is_on_one_node=True,
+        bucket_bytes=1 << 20,
+        gpus=place_apart(trainer_ranks=2, engine_ranks=NUM_ENGINES, gpus_per_node=8),
     )
 
 
@@ -189,10 +193,16 @@ def _among(planned: PlannedSync, names: list[str], timeout_s: float = TIMEOUT_S)
     return PlannedSync(
         {name: planned._actors[name] for name in names},
         _sync_settings(planned._settings.model_path, timeout_s),
-        plan=planned._plan,
+        way=_hurried(planned._way, timeout_s),
         num_bytes=planned._num_bytes,
         floor_s=planned._floor_s,
     )
+
+
+def _hurried(way: Any, timeout_s: float) -> Any:
+    hurried = copy.copy(way)
+    hurried._deadline = Deadline(timeout_s=timeout_s, engine_tp=1)
+    return hurried
 
 
 def _until(phases: dict[str, Callable[[], object]], last: str) -> Callable[[], object]:

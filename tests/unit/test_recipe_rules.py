@@ -51,6 +51,21 @@ CASES: list[tuple[Values, str, Values]] = [
         "sync.transport = ipc: not on run.device = cpu; set it to shm",
         {"sync.transport": "auto"},
     ),
+    (
+        {"sync.transport": "nccl", "run.device": "cpu"},
+        "sync.transport = nccl: not on run.device = cpu; set it to gloo",
+        {"sync.transport": "gloo"},
+    ),
+    (
+        {"sync.transport": "gloo", "run.device": "cuda"},
+        "sync.transport = gloo: not on run.device = cuda; set it to nccl",
+        {"sync.transport": "nccl"},
+    ),
+    (
+        {"sync.transport": "nccl", "rollout.colocate": True},
+        "sync.transport = nccl: NCCL does not connect two processes on one GPU",
+        {"sync.transport": "ipc"},
+    ),
     # shared devices
     (
         {"layout.world_size": 4, "rollout.colocate": True, "rollout.engines": 3, "rollout.tp": 2},

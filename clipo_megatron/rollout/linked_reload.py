@@ -1,0 +1,95 @@
+"""A running vLLM model filled by slices that trainer ranks send straight to it, by the plan of a sync.
+
+As `planned_reload`, but the slices come over links: on CPUs they are gathered in loading format for the whole model first.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from vllm.platforms import current_platform
+
+from clipo_megatron.rollout.reload import LayerwiseReload
+from clipo_megatron.sync.copy_rate import measure_copy_rate
+from clipo_megatron.sync.plan import SyncPlan
+from clipo_megatron.sync.process_group_transport import Group, PlannedReceives
+from clipo_megatron.sync.slices import engine_tensors
+from clipo_megatron.weights.engine_parameters import live_name
+
+
+class LinkedReload:
+    """One worker's end of all planned syncs over links."""
+
+    def __init__(
+        self, model: torch.nn.Module, plan: SyncPlan, group: Group, *, engine: int, rank: int, bucket_bytes: int
+    ) -> None:
+        """Lay out what is received; of the model only the padding of its vocabulary is written, with zeros.
+
+        Args:
+            model: the worker's.
+            plan: of the whole sync.
+            group: of all trainer and engine ranks, see `process_group_transport.join`.
+            engine: number of the engine in the plan.
+            rank: of the worker in its engine.
+            bucket_bytes: as the senders have it.
+
+        Raises:
+            EngineError: the plan does not fit the model.
+        """
+        live = dict(model.named_parameters())
+        device = next(iter(live.values())).device
+        names = {name: live_name(name, live) for name in engine_tensors(plan)}
+        targets = {name: live[found].data for name, found in names.items()}
+        self._modules: list[tuple[torch.nn.Module, dict[str, Tensor]]] = []
+        if current_platform.is_cpu():
+            targets = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in engine_tensors(plan).items()}
+            self._modules = _by_module(model, names, targets)
+        self._receives = PlannedReceives(plan, engine, rank, targets, group, bucket_bytes=bucket_bytes)
+        self.num_bytes = sum(plan.num_bytes(transfer.copy) for transfer in plan.into(engine, rank))
+        """Received in each sync."""
+        self.floor_seconds = self.num_bytes / measure_copy_rate(device)
+        """What copying as much takes within this machine; links are slower."""
+
+    def begin(self, reload: LayerwiseReload) -> None:
+        """Get ready; what an unfinished update left behind is dropped first."""
+        if self._modules:
+            reload.begin()
+        else:
+            reload.abandon()
+
+    def fill(self, reload: LayerwiseReload, version: int, *, verify: bool) -> None:
+        """Receive all weights of `version`.
+
+        Args:
+            reload: begun, of this model.
+            version: that all trainer ranks must send.
+            verify: compare the checksum of each slice with the trainer's; the senders must do so too.
+
+        Raises:
+            EngineError: a trainer rank sends another version, is late or gone. The group is of no use any more then.
+            CheckError: a slice differs from the trainer's.
+        """
+        self._receives.receive(version, verify=verify)
+        for module, tensors in self._modules:
+            reload.take(module, tensors)
+
+    def finish(self, reload: LayerwiseReload) -> None:
+        """Make the received weights the ones that are used."""
+        if self._modules:
+            reload.finish()
+
+    def close(self) -> None:
+        """Let go of the group's connections with the last reference to them."""
+        self._modules.clear()
+
+
+def _by_module(
+    model: torch.nn.Module, names: dict[str, str], targets: dict[str, Tensor]
+) -> list[tuple[torch.nn.Module, dict[str, Tensor]]]:
+    of_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, found in names.items():
+        path, _, attribute = found.rpartition(".")
+        of_module[path][attribute] = targets[name]
+    return [(model.get_submodule(path), tensors) for path, tensors in of_module.items()]
