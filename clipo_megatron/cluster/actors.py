@@ -69,6 +69,7 @@ class PolicyActor(LoggedWorker):
         logger.info("rank %d is process %d on %s", rank, os.getpid(), socket.gethostname())
         self._stream: Iterator[WeightBucket] | None = None
         self._meeting_point: tuple[str, TCPStore] | None = None
+        self._meetings = 0
 
     @reports_failure
     def open_rendezvous(self) -> tuple[str, int]:
@@ -159,12 +160,13 @@ class PolicyActor(LoggedWorker):
         return self._worker.sharing.share()
 
     @reports_failure
-    def open_meeting_point(self) -> tuple[str, int]:
-        """Start the store that engine ranks meet the trainer's at, once. Rank 0 only."""
+    def open_meeting_point(self) -> tuple[str, int, int]:
+        """Host and port of the store that engine ranks meet the trainer's at, and the meeting's number. Rank 0 only."""
         if self._meeting_point is None:
             self._meeting_point = _serve_store(None)
         host, store = self._meeting_point
-        return host, store.port
+        self._meetings += 1
+        return host, store.port, self._meetings
 
     @reports_failure
     def open_links(self, plan: str, meeting: Meeting) -> None:

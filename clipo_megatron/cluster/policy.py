@@ -127,8 +127,8 @@ class RayPolicy:
         """Let engines of this node read the parameters of all ranks, once; how to open them, by rank."""
         return self._call(self._ranks, "sync begin", lambda actor: actor.share_weights.remote(), timeout_s=timeout_s)
 
-    def meeting_point(self, *, timeout_s: float) -> tuple[str, int]:
-        """Host and port of the store at which trainer and engine ranks meet."""
+    def meeting_point(self, *, timeout_s: float) -> tuple[str, int, int]:
+        """Host and port of the store at which trainer and engine ranks meet, and a number of no meeting before."""
         return self._call([0], "sync begin", lambda actor: actor.open_meeting_point.remote(), timeout_s=timeout_s)[0]
 
     def open_links(self, plan: ray.ObjectRef, meeting: Meeting) -> dict[str, ray.ObjectRef]:
@@ -216,7 +216,7 @@ class PolicyWeights:
         """See `RayPolicy.share_weights`."""
         return self._policy.share_weights(timeout_s=timeout_s)
 
-    def meeting_point(self, *, timeout_s: float) -> tuple[str, int]:
+    def meeting_point(self, *, timeout_s: float) -> tuple[str, int, int]:
         """See `RayPolicy.meeting_point`."""
         return self._policy.meeting_point(timeout_s=timeout_s)
 

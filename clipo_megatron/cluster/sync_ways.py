@@ -114,21 +114,19 @@ class Links:
         self._deadline = deadline
         self._ranks = ranks
         self._bucket_bytes = bucket_bytes
-        self._meetings = 0
 
     def open(self, actors: Actors, weights: PolicyWeights) -> Costs:
         """See `Way`."""
-        host, port = weights.meeting_point(timeout_s=self._deadline.timeout_s)
+        host, port, number = weights.meeting_point(timeout_s=self._deadline.timeout_s)
         meeting = Meeting(
             host=host,
             port=port,
-            number=self._meetings,
+            number=number,
             size=self._ranks,
             device="cuda" if self.name == "nccl" else "cpu",
             bucket_bytes=self._bucket_bytes,
             timeout_s=self._deadline.timeout_s,
         )
-        self._meetings += 1
         engines = {name: actor.open_links.remote(self._plan, meeting) for name, actor in actors.items()}
         found = self._deadline.of_all("sync begin", engines | weights.open_links(self._plan, meeting))
         return {name: found[name] for name in engines}

@@ -19,7 +19,7 @@ class Meeting:
     port: int
     """Of a store that trainer rank 0 keeps."""
     number: int
-    """How many groups have met there before: a group is made anew when an engine was started again."""
+    """Of no group before it: a group is made anew when an engine was started again."""
     size: int
     """Ranks of trainer and engines."""
     device: Literal["cpu", "cuda"]

@@ -86,8 +86,9 @@ def test_a_run_whose_engines_are_killed_five_times_completes_every_step_with_the
 def test_an_engine_that_dies_while_another_is_started_again_is_started_again_as_well(
     write_recipe, tmp_path, undisturbed
 ):
+    """Here slices are sent to the engines, so after each restart all meet anew."""
     run = tmp_path / "run"
-    process = start_clipo("train", write_recipe(tmp_path, "run"), *OVERRIDES)
+    process = start_clipo("train", write_recipe(tmp_path, "run"), *OVERRIDES, "sync.transport=gloo")
     while not (run / "metrics.jsonl").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)

@@ -263,6 +263,34 @@ def test_who_is_late_in_a_phase_is_named_and_the_next_update_mends_it(
     assert all(cluster.serves(name, cluster.version) for name in names)
 
 
+@pytest.mark.parametrize("victim", ["policy_1", "engine_0"])
+def test_who_is_late_while_slices_are_sent_is_named_and_after_a_new_meeting_all_is_well(
+    cluster: Cluster, victim: str
+) -> None:
+    actors = cluster.engines._actors
+    actor = cluster.policy._actors[1] if victim == "policy_1" else actors[victim]
+    pid, settings = _pid(actor), replace(_sync_settings(cluster.folder, SHORT_S), transport="gloo")
+    sent = open_planned_sync(actors, settings, cluster.policy.weight_buckets(0))
+    assert sent is not None
+    cluster.version += 1
+    sent.update(cluster.version, cluster.take(cluster.version))
+    assert all(cluster.serves(name, cluster.version) for name in actors)
+    cluster.version += 1
+    step = _until(cluster.phases(cluster.version, sent), "transfer")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(WorkerError, match=rf"^sync transfer: not done after \d+ s: {victim};"):
+            step()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert not any(cluster.serves(name, cluster.version) for name in actors)
+    # The group is of no use after that; the next sync meets anew.
+    cluster.planned = open_planned_sync(actors, _sync_settings(cluster.folder), cluster.policy.weight_buckets(0))
+    cluster.version += 1
+    cluster.planned.update(cluster.version, cluster.take(cluster.version))
+    assert all(cluster.serves(name, cluster.version) for name in actors)
+
+
 def test_a_stale_version_of_the_trainer_is_served_by_no_engine(cluster: Cluster) -> None:
     cluster.version += 2
     asked, stale = cluster.version, cluster.version - 1
