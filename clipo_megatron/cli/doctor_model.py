@@ -8,21 +8,29 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from clipo_megatron.doctor.finding import Finding, fail, ok, skip
-from clipo_megatron.errors import CheckError, WorkerError
+from clipo_megatron.data.rows import read_rows
+from clipo_megatron.data.tokenizer import load_tokenizer, render_prompts
+from clipo_megatron.doctor.finding import Finding, fail, of_problems, ok, skip, warn
+from clipo_megatron.errors import CheckError, ConfigError, WorkerError
 from clipo_megatron.recipe import Recipe
+from clipo_megatron.records import Ids
 from clipo_megatron.rewards.pool import Verifiers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROMPTS, _SHOWN_TOKENS = 3, 16
 _TIMEOUT_S = 1800.0
 _BAD_INPUT = 2
 
 
 def run_model(recipe: Recipe) -> list[Finding]:
     """All model checks, one after the other."""
-    findings = [check_verifiers(recipe)]
+    findings = [check_verifiers(recipe), *check_prompts(recipe)]
     with tempfile.TemporaryDirectory(prefix="clipo-doctor-") as name:
         folder = Path(name)
         path = folder / "recipe.yaml"
@@ -56,10 +64,49 @@ def check_verifiers(recipe: Recipe) -> Finding:
     try:
         with Verifiers(rewards.workers, rewards.timeout_s, rewards.max_answer_chars) as verifiers:
             verifiers.self_test()
+            unconfined = verifiers.why_unconfined()
     except (CheckError, WorkerError) as error:
         cause, _, remedy = str(error).rpartition("; ")
         return fail(name, cause or remedy, remedy if cause else "reinstall math-verify and sympy as pinned")
-    return ok(name, f"{rewards.workers} processes judge known pairs rightly and outlive a poison pill")
+    good = f"{rewards.workers} processes judge known pairs rightly and outlive a poison pill"
+    if unconfined:
+        remedy = "run on Linux x86_64 with seccomp, or know that answers are parsed by processes with your rights"
+        return warn(name, f"{good}, and are not confined: {unconfined}", remedy)
+    return ok(name, good)
+
+
+def check_prompts(recipe: Recipe) -> list[Finding]:
+    """The first prompts in the model's chat template, as the engines will get them."""
+    name = "prompts"
+    try:
+        tokenizer = load_tokenizer(recipe.model.path)
+        rows = [row for file in recipe.data.train for row in read_rows(file)[:_PROMPTS]][:_PROMPTS]
+        prompts = render_prompts(tokenizer, [row.messages for row in rows])
+        longer = render_prompts(tokenizer, [(*row.messages, ("assistant", "x")) for row in rows])
+    except ConfigError as error:
+        return of_problems(name, error.problems, otherwise="")
+    return [*_prompt_findings(recipe, name, tokenizer, prompts, longer)]
+
+
+def _prompt_findings(
+    recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Ids], answered: Sequence[Ids]
+) -> Iterator[Finding]:
+    shown = " | ".join(str(tokenizer.decode(ids[-_SHOWN_TOKENS:])) for ids in prompts[:1])
+    lengths = ", ".join(str(len(ids)) for ids in prompts)
+    limit, bos = recipe.data.max_prompt_tokens, tokenizer.bos_token_id
+    if all(len(ids) > limit for ids in prompts):
+        cause = f"data.max_prompt_tokens = {limit}: the first prompts have {lengths} tokens, and all would be left out"
+        yield fail(name, cause, "raise it, or take a shorter template")
+    elif bos is not None and any(list(ids[:2]) == [bos, bos] for ids in prompts):
+        yield fail(name, "prompts begin with two BOS tokens", "take the BOS out of the chat template")
+    elif any(
+        len(then) <= len(ids) or list(then[: len(ids)]) != list(ids)
+        for ids, then in zip(prompts, answered, strict=True)
+    ):
+        cause = f"an answered conversation does not begin as its prompt does, which ends in {shown!r}"
+        yield warn(name, cause, "see that the chat template's generation prompt is how it begins an answer")
+    else:
+        yield ok(name, f"the first have {lengths} tokens; the first one ends in {shown!r}")
 
 
 def _check_logits(recipe: Recipe, path: Path, folder: Path) -> Finding:

@@ -10,11 +10,11 @@ from typing import Any, Protocol, cast
 import ray
 
 from clipo_megatron.cluster.engine_actors import EngineActors
-from clipo_megatron.cluster.gather import WorkersDied, gather, gather_from_living
+from clipo_megatron.cluster.gather import WorkersDied, gather, gather_from_living, gather_in_time
 from clipo_megatron.cluster.memory_use import MemoryUse
 from clipo_megatron.cluster.planned_sync import PlannedSync, SyncSettings, open_planned_sync
 from clipo_megatron.cluster.policy import PolicyWeights
-from clipo_megatron.cluster.stack_dumps import telling_stacks
+from clipo_megatron.cluster.stack_dumps import kill_late, telling_stacks
 from clipo_megatron.records import Prompt, RolloutGroup, Sampling, SyncReport
 from clipo_megatron.rollout.settings import EngineSettings
 
@@ -101,7 +101,8 @@ class RayEngines:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, version: int | None) -> list[RolloutGroup]:
         """See `controller.Engines`. Prompts are dealt in turn; an engine's samples don't depend on the deal.
 
-        An engine that dies is started again and brought to `version`; its prompts are dealt anew.
+        An engine that dies, or does not answer in time and is killed for it, is started again and brought to `version`; its
+        prompts are dealt anew.
 
         Raises:
             WorkerError: a worker failed or is late, or an engine died and may not be started again.
@@ -116,7 +117,9 @@ class RayEngines:
                 for name, rows in shares.items()
                 if rows
             }
-            found, died = gather_from_living(refs, phase="generate", timeout_s=self._timeout_s)
+            found, died, late = gather_in_time(refs, phase="generate", timeout_s=self._timeout_s)
+            if late is not None:  # from here on they are as dead as others
+                died = _together(died, WorkersDied(kill_late(late), late.workers))
             self._engines.note_answers(list(found))
             for name, groups in found.items():
                 results |= dict(zip(shares[name], groups, strict=True))
@@ -198,15 +201,20 @@ class RayEngines:
         """Call engines; those that live, and the deaths so far as one."""
         refs = {name: call(self._actors[name]) for name in names}
         found, died = gather_from_living(refs, phase=phase, timeout_s=self._sync.timeout_s)
-        if died is not None and death is not None:
-            died = WorkersDied(str(death), [*death.workers, *died.workers])
-        return list(found), died or death
+        return list(found), died if death is None else _together(death, died)
 
     def _all(
         self, only: Collection[str] | None, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]
     ) -> dict[str, Any]:
         names = self._actors if only is None else only
         return gather({name: call(self._actors[name]) for name in names}, phase=phase, timeout_s=timeout_s)
+
+
+def _together(first: WorkersDied | None, then: WorkersDied | None) -> WorkersDied | None:
+    """Both deaths as one, told as the first."""
+    if first is None or then is None:
+        return first or then
+    return WorkersDied(str(first), [*first.workers, *then.workers])
 
 
 def _load(bucket: ray.ObjectRef, actor: Any) -> ray.ObjectRef:  # noqa: ANN401 (Ray's handle has no type)

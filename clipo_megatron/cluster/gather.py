@@ -76,13 +76,29 @@ def gather_from_living(
         WorkersLate: some that live have not answered by the deadline.
         WorkerError: one that lives failed.
     """
+    results, died, late = gather_in_time(refs, phase=phase, timeout_s=timeout_s)
+    if late is not None:
+        raise late
+    return results, died
+
+
+def gather_in_time(
+    refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float
+) -> tuple[dict[str, Any], WorkersDied | None, WorkersLate | None]:
+    """As `gather`, but neither a death nor a late worker is a reason to give up what the others did.
+
+    Returns:
+        The results that came, by worker name; who died, and who is late, if any.
+
+    Raises:
+        WorkerError: a worker failed.
+    """
     found = _wait(refs, timeout_s, outlasts_deaths=True)
     cause = _first_cause(found.failures, phase) if found.failures else None
     if cause is not None and not isinstance(cause, WorkersDied):
         raise cause
-    if found.late:
-        raise _late(found.late, phase, timeout_s)
-    return {name: found.results[name] for name in refs if name in found.results}, cause
+    late = _late(found.late, phase, timeout_s) if found.late else None
+    return {name: found.results[name] for name in refs if name in found.results}, cause, late
 
 
 @dataclass(kw_only=True, slots=True)

@@ -51,12 +51,15 @@ def telling_stacks() -> Generator[None]:
     try:
         yield
     except WorkersLate as late:
-        dumps = dump_all(kill=late.workers)
-        doing = ", ".join(f"{dump.worker} {dump.doing}" for dump in dumps if dump.worker in late.workers)
-        files = ", ".join(dump.log for dump in dumps if dump.log)
-        raise WorkersLate(
-            f"{late}. There: {doing or 'no process was found'}; stacks of all workers: {files or 'none'}", late.workers
-        ) from late
+        raise WorkersLate(kill_late(late), late.workers) from late
+
+
+def kill_late(late: WorkersLate) -> str:
+    """Have all workers write their stacks, and kill the late ones; the message with what they did and where the stacks are."""
+    dumps = dump_all(kill=late.workers)
+    doing = ", ".join(f"{dump.worker} {dump.doing}" for dump in dumps if dump.worker in late.workers)
+    files = ", ".join(dump.log for dump in dumps if dump.log)
+    return f"{late}. There: {doing or 'no process was found'}; stacks of all workers: {files or 'none'}"
 
 
 def dump_all(*, kill: Sequence[str] = ()) -> list[Dump]:

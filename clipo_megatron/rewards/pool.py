@@ -92,13 +92,17 @@ class Verifiers:
         verdicts = self._judge_pairs(list(pairs))
         return [d if isinstance(d, Verdict) else verdicts[d] for d in decisions]
 
+    def why_unconfined(self) -> str:
+        """Why the processes may use network and files on this system; empty where they may not."""
+        return self._pool.why_unconfined()
+
     def self_test(self) -> None:
         """Judge known pairs and a poison pill in the processes that will judge the run; warn if they are not confined.
 
         Raises:
             CheckError: a verdict is not the known one; the message names the pair.
         """
-        if reason := self._pool.why_unconfined():
+        if reason := self.why_unconfined():
             logger.warning("verifier processes may use network and files here: %s", reason)
         items = [("math", gold, f"So it is \\boxed{{{answer}}}.") for gold, answer, _ in _KNOWN_PAIRS]
         found = self.judge(items, use_shortcuts=False)

@@ -103,6 +103,26 @@ def test_an_engine_that_dies_while_another_is_started_again_is_started_again_as_
     assert _metrics(run) == _metrics(undisturbed)
 
 
+def test_an_engine_that_hangs_is_killed_and_started_again_with_its_stacks_told(write_recipe, tmp_path, undisturbed):
+    run = tmp_path / "run"
+    recipe = write_recipe(tmp_path, "run", worker_timeout_s=20)
+    process = start_clipo("train", recipe, *OVERRIDES)
+    while not (run / "phase").exists() or (run / "phase").read_text() != "3 generate\n":
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    hung = _processes(run)["engine_1.log"]
+    os.kill(hung, signal.SIGSTOP)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{out}\n{err}"
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["rollout/engine_restarts"] == 1
+    told = " ".join((out + err).split())
+    assert "generate: not done after 20 s: engine_1; the others are" in told, told
+    assert "engine_1 is stopped" in told
+    assert "most recent call first" in (run / "logs" / "policy_0.log").read_text()
+    assert not _is_alive(hung)
+    assert _metrics(run) == _metrics(undisturbed)
+
+
 def test_an_engine_that_dies_at_once_again_and_again_ends_the_run_with_its_name_and_log(write_recipe, tmp_path):
     run = tmp_path / "run"
     process = start_clipo("train", write_recipe(tmp_path, "run"), *OVERRIDES)
