@@ -65,6 +65,11 @@ class RankMemory:
         """The sum of all terms."""
         return sum(getattr(self, field.name) for field in fields(self))
 
+    @property
+    def while_engines_generate(self) -> int:
+        """What stays on the GPU with rollout.colocate: no gradients, no optimizer state, no forward under way."""
+        return self.weights + self.head + self.fixed
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
@@ -73,7 +78,7 @@ class MemoryEstimate:
     stages: tuple[RankMemory, ...]
     host_bytes: int
     """Of one rank's host memory, on the worst stage: reference weights (and the policy's own while they are in use),
-    offloaded masters, moments and gradients."""
+    offloaded masters, moments and gradients; with rollout.colocate the optimizer's state while engines generate."""
 
     @property
     def worst_stage(self) -> int:
@@ -257,6 +262,8 @@ def _host_bytes(recipe: Recipe, count: _Parameters) -> int:
         host += 2 * _element_bytes(recipe) * count.all
     if recipe.optimizer.cpu_offload:
         host += 4 * _FLOAT32 * _optimizer_share(recipe, count)  # parameters, gradients, two moments
+    if recipe.rollout.colocate:
+        host += _optimizer_bytes(recipe, count)
     return host
 
 

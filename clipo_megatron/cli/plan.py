@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     recipe, arch = _read(args, problems)
     estimate = estimate_memory(recipe, arch)
     if args.json:
-        print(json.dumps(_as_json(estimate, args.gpu_gib), indent=1))
+        print(json.dumps(_as_json(estimate, recipe, args.gpu_gib), indent=1))
     else:
         _print(estimate, recipe, args.gpu_gib)
     return 0
@@ -112,8 +112,18 @@ def _is_over(estimate: MemoryEstimate, gpu_gib: float) -> bool:
     return estimate.stages[estimate.worst_stage].total > _WARN_SHARE * gpu_gib * GIB
 
 
-def _as_json(estimate: MemoryEstimate, gpu_gib: float) -> dict[str, object]:
+def _colocated(estimate: MemoryEstimate, recipe: Recipe, gpu_gib: float) -> dict[str, object] | None:
+    """What trainer and engine hold of one GPU while engines generate; None where they have GPUs of their own."""
+    if not recipe.rollout.colocate:
+        return None
+    trainer = max(stage.while_engines_generate for stage in estimate.stages)
+    engine = int(recipe.rollout.gpu_memory_utilization * gpu_gib * GIB)
+    return {"trainer": trainer, "engine": engine, "over": trainer + engine > gpu_gib * GIB}
+
+
+def _as_json(estimate: MemoryEstimate, recipe: Recipe, gpu_gib: float) -> dict[str, object]:
     return {
+        "colocated": _colocated(estimate, recipe, gpu_gib),
         "kind": "estimate",
         "unit": "bytes",
         "gpu_gib": gpu_gib,
@@ -146,6 +156,16 @@ def _print(estimate: MemoryEstimate, recipe: Recipe, gpu_gib: float) -> None:
         f"worst: stage {estimate.worst_stage}, {worst:.1f} GiB, {100 * worst / gpu_gib:.0f} % of {gpu_gib:g} GiB; host "
         f"memory of one rank {estimate.host_bytes / GIB:.1f} GiB"
     )
+    if shared := _colocated(estimate, recipe, gpu_gib):
+        trainer, engine = (float(str(shared[who])) / GIB for who in ("trainer", "engine"))
+        console.print(
+            f"while engines generate: trainer {trainer:.1f} GiB, engine {engine:.1f} GiB "
+            f"(rollout.gpu_memory_utilization = {recipe.rollout.gpu_memory_utilization:g}) of {gpu_gib:g} GiB"
+        )
+        if shared["over"]:
+            console.print(
+                "WARN: more than the GPU has; lower rollout.gpu_memory_utilization, or share the weights out more"
+            )
     for assumption in ASSUMPTIONS:
         console.print(f"  assumed: {assumption}")
     if _is_over(estimate, gpu_gib):

@@ -36,6 +36,8 @@ class Job:
     nodes: int
     folder: str
     """In which the command was given; relative paths of the recipe start there."""
+    policy_ranks: int = 1
+    """Of the trainer."""
 
 
 def write_beside(path: Path, text: str) -> None:
@@ -99,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_folder=str((Path(recipe.run.folder) / recipe.run.name).absolute()),
         nodes=int(os.environ.get("SLURM_JOB_NUM_NODES", "1")),
         folder=str(Path.cwd()),
+        policy_ranks=recipe.layout.world_size,
     )
     write_beside(args.folder / JOB_FILE, json.dumps(asdict(job), indent=1) + "\n")
     return 0

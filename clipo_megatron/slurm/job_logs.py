@@ -155,7 +155,7 @@ def _with_host(log: Log, host: str) -> Log:
 def _host_and_phase(path: Path, first: str) -> tuple[str, str]:
     if path.name == COMPARISON:
         return first, CHECKS
-    for prefix, phase in (("doctor-", CHECKS), ("ray-", "ray")):
+    for prefix, phase in (("doctor-", CHECKS), ("fabric-", CHECKS), ("ray-", "ray")):
         if path.name.startswith(prefix):
             return path.name.removeprefix(prefix).removesuffix(".log"), phase
     return first, path.stem

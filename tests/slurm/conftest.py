@@ -45,6 +45,7 @@ def submit_run(lab, write_recipe, tmp_path):
             "CLIPO_RAY_OBJECT_STORE_BYTES": str(100 << 20),
             # Of a node, it measures the memory of the whole machine, which others use too.
             "RAY_memory_monitor_refresh_ms": "0",
+            "CLIPO_FABRIC": "off",  # one test measures the links; in all of them it would take minutes
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
             **environment,

@@ -226,3 +226,24 @@ def test_faults_of_the_recipe_and_of_the_layout_are_told_together(files, capsys)
     assert "layout.pp = 3: must divide the model's num_hidden_layers = 4" in error
     assert main(["plan", "memory", recipe, "--gpu-gib", "0"]) == 2
     assert "--gpu-gib" in capsys.readouterr().err
+
+
+def test_on_shared_devices_the_engine_s_share_and_the_trainer_s_weights_are_weighed_together(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run: {{name: r}}\nmodel: {{path: {tmp_path}}}\ndata: {{train: [x.jsonl]}}\n")
+
+    def planned(*overrides: str) -> dict[str, object]:
+        assert main(["plan", "memory", str(recipe), "--json", *overrides]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert planned()["colocated"] is None
+    found = planned("rollout.colocate=true", "rollout.gpu_memory_utilization=0.5")
+    (stage,) = found["stages"]
+    assert found["colocated"] == {
+        "trainer": stage["weights"] + stage["head"] + stage["fixed"],
+        "engine": 40 * memory.GIB,
+        "over": False,
+    }
+    assert planned("rollout.colocate=true", "rollout.gpu_memory_utilization=0.99")["colocated"]["over"] is True
+    assert found["host"] - planned()["host"] == stage["optimizer"]
