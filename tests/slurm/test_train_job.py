@@ -64,13 +64,13 @@ def test_a_run_over_two_nodes_has_a_policy_rank_and_an_engine_on_each(lab, submi
     _finish(lab, job, folder)
     run = tmp_path / "two"
     links = (folder / "attempt-0" / "fabric-n1.log").read_text()
-    assert re.search(r"n1 +point to point +OK", links), links
+    assert re.search(r"n1 +point to point dp +OK +between nodes: 1 measured", links), links
     assert re.search(r"n1 +collectives +OK +gloo of torch [\d.+a-z]+ on 2 ranks", links), links
     assert {path.name for path in (folder / "attempt-0" / "fabric").glob("*.json")} == {
         "doctor-n1.json",
         "doctor-n2.json",
     }
-    assert "weight sync: planned copies (gloo)" in (folder / "attempt-0" / "driver.log").read_text()
+    assert "weight sync: planned copies (gloo)" in (run / "driver.log").read_text()
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
     assert (folder / "attempt-0" / "phase").read_text() == "done\n"
     assert json.loads((folder / "job.json").read_text())["run_folder"] == str(run)
