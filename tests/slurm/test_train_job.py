@@ -151,6 +151,11 @@ def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(lab, submit_run, t
         lab.start_node(node)
         lab.wait_until_idle(node)
     _assert_same_run(tmp_path / "lost", uninterrupted)
+    why = (sys.executable, "-m", "clipo_megatron.cli", "why", job, "--attempt", "0")
+    told_first = lab.run(*why, CLIPO_JOBS_DIR=str(folder.parent), PYTHONPATH=str(ROOT)).splitlines()[:3]
+    assert re.match(rf"node: +{node}, in phase driver,", told_first[0]), told_first
+    assert "the node was lost: SLURM ended the attempt on n[1-2]" in told_first[1]
+    assert "attempt 1 goes on" in told_first[2]
 
 
 def test_the_script_as_shipped_is_accepted_by_a_cluster_of_eight_h100_a_node(lab, tmp_path):
