@@ -108,7 +108,7 @@ class RayEngines:
             WorkerError: a worker failed or is late, or an engine died and may not be started again.
         """
         if self._is_asleep and self._newest is not None:  # nothing was trained since, or engines would be awake
-            self.update_weights(*self._newest)
+            self._update(*self._newest)
         results: dict[int, RolloutGroup] = {}
         while waiting := [row for row in range(len(prompts)) if row not in results]:
             shares = {name: waiting[number :: len(self._actors)] for number, name in enumerate(self._actors)}
@@ -140,7 +140,9 @@ class RayEngines:
             WorkerError: a worker failed or is late, or died and may not be started again: who, in which phase, and why.
             ConfigError: planned copies were asked for, and can't be used.
         """
-        weights = cast("PolicyWeights", buckets)
+        return self._update(version, cast("PolicyWeights", buckets))
+
+    def _update(self, version: int, weights: PolicyWeights) -> SyncReport:
         if self.turns is not None:
             self.turns.to_engines()
         try:

@@ -114,6 +114,14 @@ def check_gpu_memory(case: StaticCase) -> list[Finding]:
     remedy = "lower layout.micro_batch_tokens, recompute more, or raise tp, pp or ep; see `clipo plan memory`"
     if share > 1:
         return [fail(name, cause, remedy)]
+    kept = max(stage.while_engines_generate for stage in estimate.stages) / GIB
+    engine = recipe.rollout.gpu_memory_utilization * case.gpu_gib
+    if recipe.rollout.colocate and kept + engine > case.gpu_gib:
+        cause = (
+            f"while engines generate: trainer {kept:.1f} GiB, engine {engine:.1f} GiB "
+            f"(rollout.gpu_memory_utilization = {recipe.rollout.gpu_memory_utilization:g}) of {case.gpu_gib:g} GiB"
+        )
+        return [fail(name, cause, "lower rollout.gpu_memory_utilization, or share the weights out more")]
     return [warn(name, cause, remedy) if share > _MEMORY_WARN else ok(name, cause)]
 
 

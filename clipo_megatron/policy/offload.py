@@ -49,6 +49,7 @@ class Offload:
         if self.is_offloaded:
             return 0
         freed = 0
+        self._finish()
         for chunk in self._stage.wrapped:
             buffers: list[Any] = [*chunk.buffers, *chunk.expert_parallel_buffers]  # pyright: ignore  a list over a method
             freed += sum(buffer.grad_data.nbytes for buffer in buffers)
@@ -117,7 +118,11 @@ class Offload:
     def _copy_of(self, key: int, storage: torch.UntypedStorage) -> Tensor:
         copy = self._copies.get(key)
         if copy is None or copy.nbytes != storage.nbytes():
-            copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            copy = torch.empty(storage.nbytes(), dtype=torch.uint8)
+            if self._device.type == "cuda":
+                # Not torch's page-locked memory, which comes in powers of two: of tens of GB half could be wasted. Where it
+                # can't be locked, copies take longer.
+                torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)  # pyright: ignore
             self._copies[key] = copy
         return copy
 

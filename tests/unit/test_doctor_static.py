@@ -201,6 +201,9 @@ def test_a_model_larger_than_the_gpu_is_told_before_a_gpu_is_asked_for(recipe):
     assert past(found(recipe, *overrides, gpu_gib=80.0), Status.FAIL, Status.WARN) == set()
     assert past(found(recipe, *overrides, gpu_gib=3.4), Status.WARN) == {"GPU memory"}
     assert past(found(recipe, *overrides, gpu_gib=1.0), Status.FAIL) == {"GPU memory"}
+    shared = (*overrides, "rollout.colocate=true", "rollout.gpu_memory_utilization=0.9")
+    assert past(found(recipe, *shared, gpu_gib=100.0), Status.FAIL) == set()
+    assert past(found(recipe, *shared, gpu_gib=20.0), Status.FAIL) == {"GPU memory"}
 
 
 def test_checkpoints_that_do_not_fit_on_the_disk_are_told(recipe, tmp_path):
