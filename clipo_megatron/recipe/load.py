@@ -43,7 +43,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe | Non
         checks only; None when a key without default is faulty.
     """
     if not path.is_file():
-        return None, [f"recipe {path}: no such file"]
+        return None, [f"recipe {path}: no such file; give the path of a YAML file"]
     try:
         loaded: object = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
