@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from clipo_megatron.data.rows import read_rows
 from clipo_megatron.data.tokenizer import load_tokenizer, render_prompts
 from clipo_megatron.doctor.finding import Finding, fail, of_problems, ok, skip, warn
+from clipo_megatron.doctor.imports import check_imports
 from clipo_megatron.errors import CheckError, ConfigError, WorkerError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.records import Ids
@@ -30,7 +31,7 @@ _BAD_INPUT = 2
 
 def run_model(recipe: Recipe) -> list[Finding]:
     """All model checks, one after the other."""
-    findings = [check_verifiers(recipe), *check_prompts(recipe)]
+    findings = [check_imports(), check_verifiers(recipe), *check_prompts(recipe)]
     with tempfile.TemporaryDirectory(prefix="clipo-doctor-") as name:
         folder = Path(name)
         path = folder / "recipe.yaml"

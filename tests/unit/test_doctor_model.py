@@ -11,6 +11,7 @@ from support.tiny_models import CHAT_TEMPLATE, make_tiny_hf
 
 from clipo_megatron.cli.doctor_model import check_prompts, check_verifiers
 from clipo_megatron.doctor.finding import Status
+from clipo_megatron.doctor.imports import check_imports
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.rewards import worker
 
@@ -68,6 +69,27 @@ def test_what_is_wrong_with_prompts_is_found(broken, status, cause, model, tmp_p
         model = _changed(model, tmp_path, template="{{ raise_exception('no such role') }}")
     (finding,) = check_prompts(_recipe(model, tmp_path, **data))
     assert finding.status is status
+    assert cause in finding.cause
+    assert finding.remedy
+
+
+def test_the_packages_of_this_machine_load():
+    assert check_imports().status is Status.OK
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        ("import os; os.abort()", "torch: exit code -6: no message"),
+        ("raise OSError('libcudart.so.13: cannot open shared object file')", "libcudart.so.13: cannot open shared"),
+        ("import time; time.sleep(60)", "torch: not done after 1 s"),
+    ],
+)
+def test_a_package_that_crashes_or_hangs_is_named(code, cause, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text(code + "\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    finding = check_imports(timeout_s=1.0)
+    assert finding.status is Status.FAIL
     assert cause in finding.cause
     assert finding.remedy
 

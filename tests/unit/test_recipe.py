@@ -157,7 +157,9 @@ def test_a_file_that_is_no_recipe_ends_in_one_clear_fault(write, content, start)
 
 
 def test_a_missing_file_is_a_fault_not_a_traceback(tmp_path):
-    assert faults(tmp_path / "none.yaml") == (f"recipe {tmp_path / 'none.yaml'}: no such file; give the path of a YAML file",)
+    assert faults(tmp_path / "none.yaml") == (
+        f"recipe {tmp_path / 'none.yaml'}: no such file; give the path of a YAML file",
+    )
 
 
 @pytest.mark.parametrize(
