@@ -8,7 +8,11 @@ from typing import Literal
 
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from clipo_megatron.errors import EngineError
 from clipo_megatron.sync.process_group_transport import Group, join
+
+_PATIENCE_S = 30.0
+"""All are called at the same time, and none is at work on anything else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,15 +30,31 @@ class Meeting:
     bucket_bytes: int
     """Of both ends; each rank takes two buffers of it."""
     timeout_s: float
-    """For joining, and for each message."""
+    """Of each message."""
 
     def join(self, rank: int) -> Group:
         """Connect this process.
 
         Args:
             rank: of the trainer; or trainer ranks + rank over all engines.
+
+        Raises:
+            EngineError: some ranks did not come; they are named.
         """
-        timeout = datetime.timedelta(seconds=self.timeout_s)
-        store = TCPStore(self.host, self.port, is_master=False, timeout=timeout)
-        prefixed = PrefixStore(f"sync {self.number}", store)
-        return join(prefixed, rank=rank, size=self.size, device=self.device, timeout_s=self.timeout_s)
+        patience = datetime.timedelta(seconds=min(self.timeout_s, _PATIENCE_S))
+        store = PrefixStore(f"sync {self.number}", TCPStore(self.host, self.port, is_master=False, timeout=patience))
+        # The group's own rendezvous would wait as long as for a message, and nobody could meet anew meanwhile.
+        store.set(_seat(rank), "taken")
+        try:
+            store.wait([_seat(other) for other in range(self.size)], patience)
+        except RuntimeError:
+            missing = [other for other in range(self.size) if not store.check([_seat(other)])]
+            raise EngineError(
+                f"ranks {missing} of {self.size} (trainer ranks first, then those of the engines) did not come to meeting "
+                f"{self.number} within {patience.total_seconds():g} s: they are gone or busy; look at their logs"
+            ) from None
+        return join(store, rank=rank, size=self.size, device=self.device, timeout_s=self.timeout_s)
+
+
+def _seat(rank: int) -> str:
+    return f"seat {rank}"

@@ -120,7 +120,9 @@ def test_a_node_without_a_free_port_is_told(lab, submit_run):
 
 
 def test_a_rank_that_hangs_is_told_with_its_node(lab, submit_run, tmp_path):
-    job, folder = submit_run("hung", "run.steps=1000", "run.worker_timeout_s=30", "checkpoint.every=0")
+    job, folder = submit_run(
+        "hung", "run.steps=1000", "run.worker_timeout_s=30", "sync.timeout_s=20", "checkpoint.every=0"
+    )
     metrics, log = tmp_path / "hung" / "metrics.jsonl", tmp_path / "hung" / "logs" / "policy_1.log"
     deadline = time.monotonic() + 180
     while not (metrics.exists() and metrics.read_text()):
@@ -134,5 +136,6 @@ def test_a_rank_that_hangs_is_told_with_its_node(lab, submit_run, tmp_path):
     node, cause, remedy = ends(lab, job, folder)
     assert host in node
     assert f"policy_1 on {host} did not answer" in cause
-    assert "was not done after 30 s" in cause
+    # 30 s: of a phase of the run, or of links and the 10 s more that their driver waits; 20 s: of other parts of a sync.
+    assert re.search(r"was not done after [23]0 s", cause)
     assert str(log) in remedy
