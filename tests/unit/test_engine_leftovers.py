@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,14 @@ def sleep_with_mark():
     started = []
 
     def start(mark: str) -> subprocess.Popen:
-        started.append(subprocess.Popen(["sleep", "600"], env=os.environ | {MARK: mark}))
-        return started[-1]
+        process = subprocess.Popen(["sleep", "600"], env=os.environ | {MARK: mark})
+        started.append(process)
+        # The kernel shows the new program's environment a moment after its start has succeeded.
+        deadline = time.monotonic() + 10
+        while mark.encode() not in Path(f"/proc/{process.pid}/environ").read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return process
 
     yield start
     for process in started:
