@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
@@ -18,17 +18,8 @@ from clipo_megatron.cluster.stack_dumps import kill_late, telling_stacks
 from clipo_megatron.records import Prompt, RolloutGroup, Sampling, SyncReport
 from clipo_megatron.rollout.settings import EngineSettings
 
-
-class Turns(Protocol):
-    """Of trainer and engines on shared devices, see `DeviceTurns`."""
-
-    def to_engines(self) -> None:
-        """The trainer makes room."""
-        ...
-
-    def take_metrics(self) -> dict[str, float]:
-        """What was measured since the last call."""
-        ...
+if TYPE_CHECKING:
+    from clipo_megatron.cluster.turns import DeviceTurns
 
 
 class RayEngines:
@@ -58,7 +49,7 @@ class RayEngines:
         """
         self._timeout_s = timeout_s
         self._sync = sync
-        self.turns: Turns | None = None
+        self.turns: DeviceTurns | None = None
         """Where the trainer is on the same devices: it makes room before an update wakes the engines."""
         self._is_asleep = False
         self._planned: PlannedSync | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -18,6 +18,9 @@ from clipo_megatron.cluster.stack_dumps import telling_stacks
 from clipo_megatron.policy.settings import PolicySettings
 from clipo_megatron.records import RolloutBatch, Scores, TrainReport, WeightBucket
 from clipo_megatron.sync.meeting import Meeting
+
+if TYPE_CHECKING:
+    from clipo_megatron.cluster.turns import DeviceTurns
 
 
 class RayPolicy:
@@ -46,8 +49,8 @@ class RayPolicy:
         self._settings = settings
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
-        self.take_turn: Callable[[], None] | None = None
-        """Called before the trainer works: engines on the same devices make room."""
+        self.turns: DeviceTurns | None = None
+        """Where engines are on the same devices: they make room before the trainer works."""
         actor = ray.remote(PolicyActor)
         self._actors = [
             actor.options(name=f"policy_{rank}", **options).remote(
@@ -180,8 +183,8 @@ class RayPolicy:
             return self._call(self._ranks, phase, call)
 
     def _make_room(self) -> None:
-        if self.take_turn is not None:
-            self.take_turn()
+        if self.turns is not None:
+            self.turns.to_trainer()
 
     def _call(
         self,

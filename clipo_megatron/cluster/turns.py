@@ -22,8 +22,7 @@ class DeviceTurns:
         self._engines = engines
         self._is_trainers = False
         self._metrics: dict[str, float] = {}
-        policy.take_turn = self.to_trainer
-        engines.turns = self
+        policy.turns = engines.turns = self
 
     def to_trainer(self) -> None:
         """Put the engines to sleep, then bring the trainer's gradients and optimizer state back."""

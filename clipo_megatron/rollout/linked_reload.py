@@ -5,13 +5,11 @@ As `planned_reload`, but the slices come over links: on CPUs they are gathered i
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 
-from clipo_megatron.rollout.reload import LayerwiseReload
+from clipo_megatron.rollout.reload import LayerwiseReload, by_module
 from clipo_megatron.sync.copy_rate import measure_copy_rate
 from clipo_megatron.sync.plan import SyncPlan
 from clipo_megatron.sync.process_group_transport import Group, PlannedReceives
@@ -45,7 +43,10 @@ class LinkedReload:
         self._modules: list[tuple[torch.nn.Module, dict[str, Tensor]]] = []
         if current_platform.is_cpu():
             targets = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in engine_tensors(plan).items()}
-            self._modules = _by_module(model, names, targets)
+            self._modules = [
+                (model.get_submodule(path), {attribute: targets[name] for attribute, name in own.items()})
+                for path, own in by_module(names).items()
+            ]
         self._receives = PlannedReceives(plan, engine, rank, targets, group, bucket_bytes=bucket_bytes)
         self.num_bytes = sum(plan.num_bytes(transfer.copy) for transfer in plan.into(engine, rank))
         """Received in each sync."""
@@ -83,13 +84,3 @@ class LinkedReload:
     def close(self) -> None:
         """Let go of the group's connections with the last reference to them."""
         self._modules.clear()
-
-
-def _by_module(
-    model: torch.nn.Module, names: dict[str, str], targets: dict[str, Tensor]
-) -> list[tuple[torch.nn.Module, dict[str, Tensor]]]:
-    of_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, found in names.items():
-        path, _, attribute = found.rpartition(".")
-        of_module[path][attribute] = targets[name]
-    return [(model.get_submodule(path), tensors) for path, tensors in of_module.items()]

@@ -6,7 +6,6 @@ module goes through its layerwise reload, as whole Hugging Face tensors do: the 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from vllm.platforms import current_platform
 
 from clipo_megatron.errors import EngineError
-from clipo_megatron.rollout.reload import LayerwiseReload
+from clipo_megatron.rollout.reload import LayerwiseReload, by_module
 from clipo_megatron.sync.copy_rate import measure_copy_rate
 from clipo_megatron.sync.executor import BoundCopies, PlannedCopies
 from clipo_megatron.sync.plan import SyncPlan
@@ -120,10 +119,7 @@ def _by_module(
     model: torch.nn.Module, planned: PlannedCopies, names: dict[str, str], dtype: torch.dtype
 ) -> list[_ModuleCopies]:
     """Modules in the plan's order. One memory, as large as the largest module, serves them all in turn."""
-    of_module: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, found in names.items():
-        path, _, attribute = found.rpartition(".")
-        of_module[path][attribute] = name
+    of_module = by_module(names)
     shapes = {path: [planned.parameters[name] for name in parts.values()] for path, parts in of_module.items()}
     shared = torch.empty(max(_offsets(of, dtype)[-1] for of in shapes.values()), dtype=torch.uint8)
     modules: list[_ModuleCopies] = []

@@ -7,6 +7,7 @@ a layer in checkpoint format, repacks it and copies the result into the old memo
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -22,6 +23,22 @@ from clipo_megatron.rollout.cpu_reload import repack_after_reload
 # At every reload it warns of each layer without tensors of its own (rotary embedding, tied head). That an update is
 # complete is checked by the engine.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+
+def by_module(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Parameters of a model by module, in order.
+
+    Args:
+        names: name in a plan -> name in the model.
+
+    Returns:
+        Path of the module -> name in the module -> name in the plan.
+    """
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, of_model in names.items():
+        path, _, attribute = of_model.rpartition(".")
+        found[path][attribute] = name
+    return found
 
 
 class LayerwiseReload:
