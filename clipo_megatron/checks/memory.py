@@ -38,7 +38,8 @@ class RankMemory:
 
     weights: int
     """e P: e bytes of an element of the policy's dtype, P parameters of this rank (tied models: the last stage's copy of
-    the embedding is one of them)."""
+    the embedding is one of them). Where FP8 engines are given FP8 copies (dense models, sync.transport = ipc or nccl): 1 byte
+    more for each element of the layers' matrices."""
     gradients: int
     """4 P_t: float32 buffers of the parameters that are trained, whole on each rank with and without the distributed
     optimizer."""
@@ -137,7 +138,7 @@ def _estimate_stage(recipe: Recipe, arch: Architecture, count: _Parameters, stag
     of_ends = _logprob_bytes(recipe, arch, count) if is_last else element * count.vocabulary if stage == 0 else 0
     fp8_layers = min(num_fp8, 1) if layout.recompute == "full" else in_flight_fp8
     return RankMemory(
-        weights=element * count.all,
+        weights=element * count.all + (count.of_layer_matrices if _gives_fp8_copies(recipe, arch) else 0),
         gradients=_FLOAT32 * count.trained,
         optimizer=_optimizer_bytes(recipe, count),
         head=_head_bytes(recipe, arch) if is_last else 0,
@@ -146,6 +147,11 @@ def _estimate_stage(recipe: Recipe, arch: Architecture, count: _Parameters, stag
         working=max(of_layer, of_ends),
         fixed=FIXED_BYTES,
     )
+
+
+def _gives_fp8_copies(recipe: Recipe, arch: Architecture) -> bool:
+    is_planned = recipe.sync.transport in ("ipc", "nccl")
+    return is_planned and recipe.rollout.quantization != "none" and arch.experts is None
 
 
 def _count_parameters(recipe: Recipe, arch: Architecture, stage: int) -> _Parameters:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from clipo_megatron.data.prompts import PromptSet
@@ -79,7 +80,7 @@ def device_problems(recipe: Recipe) -> list[str]:
 
     device = recipe.run.device
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return []
+        return list(_cpu_engine_problems(recipe))
     if not torch.cuda.is_available():
         return ["run.device = cuda: no CUDA device is visible here; set run.device=cpu or auto"]
     problems = hardware_problems(recipe.precision.recipe)
@@ -89,6 +90,21 @@ def device_problems(recipe: Recipe) -> list[str]:
             "bfloat16"
         )
     return problems
+
+
+def _cpu_engine_problems(recipe: Recipe) -> Iterator[str]:
+    quantization = recipe.rollout.quantization
+    if quantization == "fp8_per_block":
+        yield (
+            f"rollout.quantization = {quantization}: on a CPU vLLM multiplies such blocks with AMX only, and that was never run; "
+            "set it to fp8_per_tensor or none"
+        )
+    config = Path(recipe.model.path) / "config.json"
+    if quantization != "none" and config.is_file() and read_architecture(config.parent).experts is not None:
+        yield (
+            f"rollout.quantization = {quantization}: on a CPU vLLM multiplies FP8 experts with AMX only, and that was never run; "
+            "set it to none"
+        )
 
 
 def data_problems(train: PromptSet, recipe: Recipe) -> list[str]:

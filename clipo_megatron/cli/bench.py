@@ -42,6 +42,11 @@ def run(args: argparse.Namespace) -> int:
     recipe, problems = read_recipe(args.recipe, args.overrides)
     if args.repeats < 1:
         problems.append(f"--repeats = {args.repeats}: must be >= 1")
+    if recipe is not None and recipe.rollout.quantization != "none":
+        problems.append(
+            f"rollout.quantization = {recipe.rollout.quantization}: the benchmark measures engines with the trainer's weights as "
+            "they are; add rollout.quantization=none"
+        )
     if problems or recipe is None:
         raise ConfigError(problems)
     # Torch, and vLLM with an engine: imported once the recipe is known to be one.

@@ -107,7 +107,7 @@ def _check(recipe: Recipe, args: argparse.Namespace, logs: Path) -> SyncCheckRep
 
     device = "cuda" if torch.cuda.is_available() and recipe.run.device != "cpu" else "cpu"
     step_size = STEP_SIZE if args.step_size is None else args.step_size
-    tolerance = TOLERANCES[recipe.model.dtype]
+    tolerance = TOLERANCES[recipe.model.dtype if recipe.rollout.quantization == "none" else "fp8"]
     if args.tolerance is not None:
         tolerance = Tolerance(max=args.tolerance, mean=args.tolerance / 10)
     checked = recipe_of_check(recipe, step_size=step_size)

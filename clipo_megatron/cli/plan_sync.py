@@ -21,6 +21,7 @@ from clipo_megatron.sync.plan_json import to_json
 from clipo_megatron.sync.plan_report import Bandwidths, LinkTraffic, bytes_of_links, floor_seconds, traffic
 from clipo_megatron.sync.planner import plan_sync
 from clipo_megatron.weights.architecture import Architecture
+from clipo_megatron.weights.fp8_parameters import FP8_OF_QUANTIZATION
 
 _GB = 1e9
 _WIDTH = 120
@@ -53,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fp8",
         choices=("none", "block", "tensor"),
-        default="none",
-        help="as if the engines held the matrices of the layers in FP8, with a scale a 128 x 128 block or a matrix",
+        help="as if the engines held the matrices of the layers in FP8, with a scale a 128 x 128 block or a matrix (default: as "
+        "rollout.quantization says)",
     )
 
 
@@ -82,7 +83,8 @@ def show_plan(recipe: Recipe, arch: Architecture, args: argparse.Namespace) -> N
     placement = place(
         trainer_ranks=trainer.world_size, engine_ranks=engines.num_ranks, gpus_per_node=args.gpus_per_node
     )
-    plan = plan_sync(arch, trainer, engines, placement, dtype=recipe.model.dtype, fp8=args.fp8)
+    fp8 = args.fp8 or FP8_OF_QUANTIZATION[recipe.rollout.quantization]
+    plan = plan_sync(arch, trainer, engines, placement, dtype=recipe.model.dtype, fp8=fp8)
     bandwidths = Bandwidths(same_node=args.nvlink_gbs, network=args.network_gbs, memory=args.memory_gbs)
     _print(plan, bandwidths, degrees=recipe.layout.degrees)
     if args.json is not None:

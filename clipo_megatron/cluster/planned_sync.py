@@ -22,6 +22,7 @@ from clipo_megatron.sync.plan import EngineLayout
 from clipo_megatron.sync.plan_json import to_json
 from clipo_megatron.sync.planner import plan_sync
 from clipo_megatron.weights.architecture import read_architecture
+from clipo_megatron.weights.fp8_parameters import Fp8
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class SyncSettings:
     dtype: str
     trainer: ParallelLayout
     engines: EngineLayout
+    fp8: Fp8
+    """What engines hold in FP8."""
     device: Literal["cpu", "cuda"]
     gpus: Placement
     """Where the ranks of trainer and engines run: the nearest ones give."""
@@ -181,7 +184,7 @@ def _open(actors: Actors, settings: SyncSettings, weights: PolicyWeights) -> tup
 def _way(settings: SyncSettings) -> Way:
     trainer, engines = settings.trainer, settings.engines
     arch = read_architecture(settings.model_path)
-    plan = to_json(plan_sync(arch, trainer, engines, settings.gpus, dtype=settings.dtype))
+    plan = to_json(plan_sync(arch, trainer, engines, settings.gpus, dtype=settings.dtype, fp8=settings.fp8))
     is_cpu = settings.device == "cpu"
     if settings.transport in ("gloo", "nccl") or not settings.is_on_one_node:
         ranks = trainer.world_size + engines.num_ranks

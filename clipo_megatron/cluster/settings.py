@@ -15,6 +15,7 @@ from clipo_megatron.rollout.settings import EngineSettings
 from clipo_megatron.sync.placement import Placement
 from clipo_megatron.sync.plan import EngineLayout
 from clipo_megatron.weights.architecture import read_architecture
+from clipo_megatron.weights.fp8_parameters import FP8_OF_QUANTIZATION
 
 Device = Literal["cpu", "cuda"]
 
@@ -62,6 +63,7 @@ def policy_settings(recipe: Recipe, *, device: Device) -> PolicySettings:
             cpu_offload=optimizer.cpu_offload,
         ),
         seed=recipe.run.seed,
+        engine_fp8=FP8_OF_QUANTIZATION[recipe.rollout.quantization],
     )
 
 
@@ -106,6 +108,7 @@ def engine_settings(recipe: Recipe, *, device: Device) -> EngineSettings:
         prefix_caching=rollout.prefix_caching,
         seed=recipe.run.seed,
         sleeps=rollout.colocate,
+        quantization=rollout.quantization,
         return_routed_experts=recipe.experts.routing_replay and has_experts,
     )
 
@@ -121,6 +124,7 @@ def sync_settings(recipe: Recipe, *, device: Device, gpus: Placement) -> SyncSet
         dtype=recipe.model.dtype,
         trainer=parallel_layout(recipe),
         engines=EngineLayout(engines=recipe.rollout.engines, tp=recipe.rollout.tp),
+        fp8=FP8_OF_QUANTIZATION[recipe.rollout.quantization],
         device=device,
         gpus=gpus,
     )

@@ -57,5 +57,5 @@ def check_logprobs(batch: RolloutBatch, scores: Scores, *, max_difference: float
         f"{found.worst_sequence}, token {found.worst_position} (id {int(batch.input_ids[token])}): sampled "
         f"{batch.sampled_logprobs[token]:.6g}, scored {scores.old_logprobs[token]:.6g}. Both hold the same weights, so "
         "suspect temperature, vocabulary padding, rotary base or dtype before you raise run.gate_max_logprob_difference and "
-        "run.gate_mean_logprob_difference; precision.recipe (FP8) alone moves single tokens by tenths of a nat"
+        "run.gate_mean_logprob_difference; FP8 alone (precision.recipe, rollout.quantization) moves single tokens by tenths of a nat"
     )

@@ -9,6 +9,7 @@ from typing import Literal
 from clipo_megatron.algorithms.contrastive import Objective
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.policy.precision import PrecisionSettings
+from clipo_megatron.weights.fp8_parameters import Fp8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,3 +96,5 @@ class PolicySettings:
     optimizer: OptimizerSettings
     seed: int
     """Of the head's start and of the drawn positives."""
+    engine_fp8: Fp8 = "none"
+    """What engines hold in FP8: in planned syncs they are given these matrices so."""

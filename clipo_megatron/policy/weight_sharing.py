@@ -7,26 +7,48 @@ from collections.abc import Collection
 from torch import Tensor
 
 from clipo_megatron.errors import CheckError, EngineError
+from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.policy.groups import Groups
 from clipo_megatron.policy.stage import Stage
+from clipo_megatron.sync.fp8 import Fp8Shards
 from clipo_megatron.sync.meeting import Meeting
 from clipo_megatron.sync.plan_json import from_json
 from clipo_megatron.sync.process_group_transport import PlannedSends
 from clipo_megatron.sync.shared_parameters import SharedParameters, share
 from clipo_megatron.weights.architecture import Architecture
+from clipo_megatron.weights.fp8_parameters import Fp8
 from clipo_megatron.weights.holdings import table_name
 
 
 class WeightSharing:
     """Engines may read from `offer` to the next `withdraw`."""
 
-    def __init__(self, stage: Stage, architecture: Architecture, *, rank: int) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        architecture: Architecture,
+        layout: ParallelLayout,
+        groups: Groups,
+        *,
+        rank: int,
+        fp8: Fp8,
+    ) -> None:
         """Nothing is shared yet.
 
         Args:
             stage: of this rank, its optimizer and gradient buffers made.
             architecture: of the model.
+            layout: of the trainer.
+            groups: of this rank.
             rank: of the trainer.
+            fp8: which copies of its matrices engines get in place of these; made anew for every version.
         """
+        self._layout = layout
+        self._groups = groups
+        self._fp8: Fp8 = fp8
+        self._fp8_shards: Fp8Shards | None = None
+        self._is_quantized = False
+        """Whether the copies are those of the weights as they are."""
         self._stage = stage
         self._architecture = architecture
         self._rank = rank
@@ -75,23 +97,34 @@ class WeightSharing:
         self._sends.send(version, verify=verify, only=only)
 
     def _named(self) -> dict[str, Tensor]:
-        """By the plan's names; a tied output layer that is a copy is left out."""
+        """By the plan's names, FP8 copies with them; a tied output layer that is a copy is left out."""
         named = ((table_name(name, self._architecture), tensor) for name, tensor in self._stage.named_parameters())
-        return {name: tensor.data for name, tensor in named if name}
+        weights = {name: tensor.data for name, tensor in named if name}
+        if self._fp8 == "none":
+            return weights
+        if self._fp8_shards is None:
+            self._fp8_shards = Fp8Shards(weights, self._architecture, self._layout, rank=self._rank, scaling=self._fp8)
+        return self._fp8_shards.tensors()
 
     def withdraw(self) -> None:
         """To be called before a weight is changed."""
         self._offered = None
+        self._is_quantized = False
         if self._shared is not None:
             self._shared.begin_change()
 
     def offer(self, version: int) -> None:
-        """Let engines have the weights as `version`, until `withdraw`.
+        """Let engines have the weights as `version`, until `withdraw`. FP8 copies are made here, by all ranks together.
+
+        Collectives: those of `Fp8Shards.refresh`, the first time after `withdraw`.
 
         Raises:
             CheckError: they were not shared, and no links are open.
             EngineError: a parameter was moved since.
         """
+        if self._fp8_shards is not None and not self._is_quantized:
+            self._fp8_shards.refresh(self._groups.tp, self._groups.etp)
+            self._is_quantized = True
         if self._shared is not None:
             self._shared.end_change(version)
         elif self._sends is None:

@@ -106,7 +106,9 @@ class PolicyWorker:
             reports=self.reports,
         )
         self._snapshot = SnapshotWriter(device=self._device)
-        self.sharing = WeightSharing(self._stage, self._architecture, rank=rank)
+        self.sharing = WeightSharing(
+            self._stage, self._architecture, layout, self._groups, rank=rank, fp8=settings.engine_fp8
+        )
         """The weights, for engines of this node that copy them where they lie."""
         self.memory = Offload(self._stage, self._optimizer, device=self._device)
         """What only training needs; without it the policy still scores, gives out its weights and is saved."""

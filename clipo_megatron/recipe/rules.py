@@ -188,6 +188,15 @@ def _colocation(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _quantization(recipe: Recipe) -> Iterator[str]:
+    quantization, dtype = recipe.rollout.quantization, recipe.model.dtype
+    if quantization != "none" and dtype != "bfloat16":
+        yield (
+            f"rollout.quantization = {quantization}: vLLM quantises 16-bit weights only, found model.dtype = {dtype}; set that to "
+            "bfloat16, or leave quantization out"
+        )
+
+
 _OTHER_DEVICE = {("shm", "cuda"): "ipc", ("gloo", "cuda"): "nccl", ("ipc", "cpu"): "shm", ("nccl", "cpu"): "gloo"}
 
 
@@ -224,6 +233,7 @@ _RULES = (
     _gate,
     _retention,
     _colocation,
+    _quantization,
     _sync,
     _accepted,
 )

@@ -105,6 +105,10 @@ class RolloutSection(Section):
     """Engines share the trainer's GPUs and take turns with it: they sleep while it trains (weights and KV cache freed), and its
     gradients and optimizer state leave the GPU while they generate. gpu_memory_utilization must leave room for the trainer's
     weights."""
+    quantization: Literal["none", "fp8_per_tensor", "fp8_per_block"] = "none"
+    """FP8 engines, by vLLM's names: the matrices of their layers are rounded to 8 bits at every sync, with a scale a matrix or a
+    block of 128 x 128. Needs model.dtype = bfloat16. Log-probs of engines and trainer differ by more then: see
+    run.gate_max_logprob_difference. On a CPU: fp8_per_tensor, dense models."""
     max_response_tokens: Positive = 2048
     """A response that reaches this length is cut and counted as truncated."""
     temperature: Annotated[float, Field(ge=0.01)] = 1.0

@@ -16,6 +16,7 @@ from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, Routes
 from clipo_megatron.rollout.environment import environment_problems
 from clipo_megatron.rollout.native_transfer import NativeTransfer
 from clipo_megatron.rollout.planned_support import planned_sync_problem
+from clipo_megatron.rollout.quantization import quantization_arguments
 from clipo_megatron.rollout.routes import rollout_routes
 from clipo_megatron.rollout.sampling import rollout_seed, stop_token_ids
 from clipo_megatron.rollout.settings import EngineSettings
@@ -146,7 +147,8 @@ class RolloutEngine:
             family=read_architecture(Path(self._settings.model_path)).family,
             dtype=self._settings.dtype,
             device=self._settings.device,
-            quantization=self._workers.require().llm_engine.model_config.quantization,
+            quantization=self._settings.quantization,
+            kernels=self._fp8_kernels(),
             is_asked_for=is_asked_for,
         )
 
@@ -198,6 +200,12 @@ class RolloutEngine:
         self._workers.close()
         gc.collect()  # the model is part of reference cycles
         cleanup_dist_env_and_memory()
+
+    def _fp8_kernels(self) -> list[str]:
+        if self._settings.quantization == "none":
+            return []
+        of_workers: list[list[str]] = self._workers.call("clipo_fp8_kernels")
+        return sorted({kernel for kernels in of_workers for kernel in kernels})
 
     def _require_planned(self) -> None:
         if problem := self.planned_sync_problem(is_asked_for=True):
@@ -301,9 +309,16 @@ def _start_vllm(settings: EngineSettings) -> LLM:
         max_num_batched_tokens=max(_CPU_BATCH_TOKENS, settings.max_model_len) if on_cpu else None,
         enable_return_routed_experts=settings.return_routed_experts and not on_cpu,
         weight_transfer_config=native,
-        worker_extension_cls="clipo_megatron.rollout.receiver.WeightReceiver",
+        worker_extension_cls=_receiver(settings),
         seed=settings.seed,
+        **quantization_arguments(settings),
     )
+
+
+def _receiver(settings: EngineSettings) -> str:
+    if settings.device == "cpu" and settings.quantization != "none":
+        return "clipo_megatron.rollout.cpu_fp8.WeightReceiver"
+    return "clipo_megatron.rollout.receiver.WeightReceiver"
 
 
 def _import_vllm(device: str) -> type[LLM]:

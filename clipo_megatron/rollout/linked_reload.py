@@ -1,20 +1,19 @@
 """A running vLLM model filled by slices that trainer ranks send straight to it, by the plan of a sync.
 
-As `planned_reload`, but the slices come over links: on CPUs they are gathered in loading format for the whole model first.
+As `planned_reload`, but the slices come over links: those of modules that are reloaded are all gathered first.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from vllm.platforms import current_platform
 
+from clipo_megatron.rollout.in_place import LiveParameters
 from clipo_megatron.rollout.reload import LayerwiseReload, by_module
 from clipo_megatron.sync.copy_rate import measure_copy_rate
 from clipo_megatron.sync.plan import SyncPlan
 from clipo_megatron.sync.process_group_transport import Group, PlannedReceives
 from clipo_megatron.sync.slices import engine_tensors
-from clipo_megatron.weights.engine_parameters import live_name
 
 
 class LinkedReload:
@@ -36,21 +35,21 @@ class LinkedReload:
         Raises:
             EngineError: the plan does not fit the model.
         """
-        live = dict(model.named_parameters())
-        device = next(iter(live.values())).device
-        names = {name: live_name(name, live) for name in engine_tensors(plan)}
-        targets = {name: live[found].data for name, found in names.items()}
-        self._modules: list[tuple[torch.nn.Module, dict[str, Tensor]]] = []
-        if current_platform.is_cpu():
-            targets = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in engine_tensors(plan).items()}
-            self._modules = [
-                (model.get_submodule(path), {attribute: targets[name] for attribute, name in own.items()})
-                for path, own in by_module(names).items()
-            ]
+        live = LiveParameters(model, plan)
+        gathered = {
+            name: torch.zeros(shape, dtype=dtype)
+            for name, (shape, dtype) in engine_tensors(plan).items()
+            if name in live.reloaded
+        }
+        self._modules: list[tuple[torch.nn.Module, dict[str, Tensor]]] = [
+            (model.get_submodule(path), {attribute: gathered[name] for attribute, name in own.items()})
+            for path, own in by_module(live.reloaded).items()
+        ]
+        targets = live.in_place | gathered
         self._receives = PlannedReceives(plan, engine, rank, targets, group, bucket_bytes=bucket_bytes)
         self.num_bytes = sum(plan.num_bytes(transfer.copy) for transfer in plan.into(engine, rank))
         """Received in each sync."""
-        self.floor_seconds = self.num_bytes / measure_copy_rate(device)
+        self.floor_seconds = self.num_bytes / measure_copy_rate(live.device)
         """What copying as much takes within this machine; links are slower."""
 
     def begin(self, reload: LayerwiseReload) -> None:

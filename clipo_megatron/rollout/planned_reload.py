@@ -1,7 +1,7 @@
 """A running vLLM model filled straight from the trainer's parameters, by the plan of a sync.
 
-On GPUs the parameters in use are in loading format and are written in place. On CPUs vLLM keeps them repacked, so each
-module goes through its layerwise reload, as whole Hugging Face tensors do: the bits in use are the same.
+What is in use in loading format is written in place (see in_place.py). Of the rest each module goes through vLLM's layerwise
+reload, as whole Hugging Face tensors do: the bits in use are the same.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from vllm.platforms import current_platform
 
 from clipo_megatron.errors import EngineError
+from clipo_megatron.rollout.in_place import LiveParameters
 from clipo_megatron.rollout.reload import LayerwiseReload, by_module
 from clipo_megatron.sync.copy_rate import measure_copy_rate
 from clipo_megatron.sync.executor import BoundCopies, PlannedCopies
 from clipo_megatron.sync.plan import SyncPlan
 from clipo_megatron.sync.shared_parameters import OpenedParameters, SharedHandles, open_shared, reading
-from clipo_megatron.weights.engine_parameters import live_name
 
 _ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ModuleCopies:
-    """What is copied for one module; for the whole model where parameters are written in place."""
+    """What is copied for one module that is reloaded."""
 
     module: torch.nn.Module
     tensors: dict[str, Tensor]
@@ -56,23 +55,21 @@ class PlannedReload:
         self._opened: dict[int, OpenedParameters] = {giver: open_shared(handles[giver]) for giver in sorted(givers)}
         sources = {giver: opened.tensors for giver, opened in self._opened.items()}
         planned = PlannedCopies(plan, sources, engine=engine, engine_rank=rank)
-        live = dict(model.named_parameters())
-        names = {name: live_name(name, live) for name in planned.parameters}
-        self._in_place: BoundCopies | None = None
+        live = LiveParameters(model, plan)
+        if not live.in_place and not live.reloaded:
+            raise EngineError("the plan fills no parameter of this engine; set sync.transport to stream")
+        self._in_place = planned.bind(live.in_place)
         self._modules: list[_ModuleCopies] = []
-        if current_platform.is_cpu():
-            self._modules = _by_module(model, planned, names, getattr(torch, plan.dtype))
-        else:
-            self._in_place = planned.bind({name: live[found].data for name, found in names.items()})
+        if live.reloaded:
+            self._modules = _by_module(model, planned, live.reloaded, getattr(torch, plan.dtype))
         self.num_bytes = planned.num_bytes
         """Copied by each sync."""
-        device = next(iter(live.values())).device
-        self.floor_seconds = planned.num_bytes / measure_copy_rate(device)
+        self.floor_seconds = planned.num_bytes / measure_copy_rate(live.device)
         """What the copies alone take at least on this machine, were it to do nothing else."""
 
     def begin(self, reload: LayerwiseReload) -> None:
         """Get ready; what an unfinished update left behind is dropped first."""
-        if self._in_place is None:
+        if self._modules:
             reload.begin()
         else:
             reload.abandon()
@@ -91,15 +88,14 @@ class PlannedReload:
             CheckError: a slice differs from the trainer's; the same holds.
         """
         with reading(self._opened.values(), version):
-            if self._in_place is not None:
-                _copy(self._in_place, verify=verify)
+            _copy(self._in_place, verify=verify)
             for of in self._modules:
                 _copy(of.copies, verify=verify)
                 reload.take(of.module, of.tensors)
 
     def finish(self, reload: LayerwiseReload) -> None:
         """Make the copied weights the ones that are used."""
-        if self._in_place is None:
+        if self._modules:
             reload.finish()
 
     def close(self) -> None:
@@ -133,8 +129,6 @@ def _by_module(
             copies = planned.bind(own)
         tensors = {attribute: own[name] for attribute, name in parts.items()}
         modules.append(_ModuleCopies(module=model.get_submodule(path), tensors=tensors, copies=copies))
-    if not modules:
-        raise EngineError("the plan fills no parameter of this engine; set sync.transport to stream")
     return modules
 
 

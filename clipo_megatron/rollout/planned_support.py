@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Sequence
 
+from clipo_megatron.rollout.quantization import READ_KERNELS, TESTED_KERNELS
 from clipo_megatron.weights.families import FAMILIES
 
 TESTED_RELEASES = ("0.32",)
@@ -20,7 +21,8 @@ def planned_sync_problem(
     family: str,
     dtype: str,
     device: str,
-    quantization: Any,  # noqa: ANN401 (vLLM's)
+    quantization: str,
+    kernels: Sequence[str],
     is_asked_for: bool,
 ) -> str:
     """Why a plan must not fill such an engine; empty if it may.
@@ -30,7 +32,8 @@ def planned_sync_problem(
         family: of the model, as in weights/families.py.
         dtype: of the parameters.
         device: "cpu" or "cuda".
-        quantization: vLLM's method, None for none.
+        quantization: of the engine, "none" or vLLM's name.
+        kernels: classes of vLLM's FP8 kernels in use.
         is_asked_for: the transport is the user's own choice: a GPU and its release are none of the reasons then.
     """
     by_choice = is_asked_for and device == "cuda"
@@ -44,4 +47,11 @@ def planned_sync_problem(
     ):
         if value not in tested:
             return f"{what} {value}: planned syncs are tested with {', '.join(tested)} only"
-    return "" if quantization is None else f"quantization {quantization}: planned syncs are tested without only"
+    if quantization == "none":
+        return ""
+    if FAMILIES[family].has_experts:
+        return f"quantization {quantization}: planned syncs of FP8 experts are not there yet, vLLM repacks them"
+    tested_kernels = READ_KERNELS if by_choice else TESTED_KERNELS
+    if unknown := [kernel for kernel in kernels if kernel not in tested_kernels]:
+        return f"vLLM's FP8 kernel {unknown[0]}: planned syncs are tested with {', '.join(tested_kernels)} only"
+    return "" if kernels else f"quantization {quantization}: no FP8 kernel was found in the engine's layers"

@@ -107,6 +107,7 @@ class WeightReceiver:
         from clipo_megatron.sync.plan_json import from_json
         from clipo_megatron.sync.shared_parameters import SharedHandles
 
+        _reload_of(self).abandon()
         opened = PlannedReload(
             self.model_runner.get_model(),  # pyright: ignore[reportArgumentType]
             from_json(plan),
@@ -137,6 +138,7 @@ class WeightReceiver:
         if "clipo_planned" in vars(self):  # its connections may be to engines that are gone
             self.clipo_planned.close()
             del self.clipo_planned
+        _reload_of(self).abandon()
         self.clipo_planned = LinkedReload(
             self.model_runner.get_model(),  # pyright: ignore[reportArgumentType]
             of_all,
@@ -146,6 +148,12 @@ class WeightReceiver:
             bucket_bytes=meeting.bucket_bytes,
         )
         return self.clipo_planned.num_bytes, self.clipo_planned.floor_seconds
+
+    def clipo_fp8_kernels(self) -> list[str]:
+        """See `fp8_kernels` of rollout/quantization.py."""
+        from clipo_megatron.rollout.quantization import fp8_kernels
+
+        return fp8_kernels(self.model_runner.get_model())  # pyright: ignore[reportArgumentType]
 
     def clipo_begin_pull(self) -> None:
         """Get ready for a pull."""

@@ -34,6 +34,8 @@ class EngineSettings:
     """Of vLLM's own generator; requests have their own seeds."""
     sleeps: bool = False
     """Can give its memory back between updates, since others work on its devices."""
+    quantization: Literal["none", "fp8_per_tensor", "fp8_per_block"] = "none"
+    """FP8 matrices in the layers, by vLLM's names; needs bfloat16. On a CPU: fp8_per_tensor, dense models."""
     native_transfer: Literal["", "ipc", "nccl"] = ""
     """vLLM's own weight transfer that the engine is ready for; only to measure it."""
     return_routed_experts: bool = False

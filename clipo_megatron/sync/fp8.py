@@ -237,18 +237,24 @@ def _matrices(
     }
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     device = next(iter(weights.values())).device
-    buffer = torch.zeros(sum(sizes), device=device)
+    # One memory each: a mixture of experts has thousands of matrices, and what is shared is opened storage by storage.
+    amaxes, scales = torch.zeros(sum(sizes), device=device), torch.zeros(sum(sizes), device=device)
+    lengths = [weights[name].numel() for name in named]
+    values = torch.zeros(sum(lengths), dtype=torch.float8_e4m3fn, device=device)
+    parts = zip(
+        named, torch.split(values, lengths), torch.split(scales, sizes), torch.split(amaxes, sizes), strict=True
+    )
     matrices = {
         name: _Matrix(
             weight_RC=weights[name],
-            values_RC=torch.zeros_like(weights[name], dtype=torch.float8_e4m3fn, requires_grad=False),
-            scales=torch.zeros(shapes[name], device=device),
-            amax=amax.view(shapes[name]),
+            values_RC=of_values.view(weights[name].shape),
+            scales=of_scales.view(shapes[name]),
+            amax=of_amaxes.view(shapes[name]),
             blocks=grids.get(named[name]),
         )
-        for name, amax in zip(named, torch.split(buffer, sizes), strict=True)
+        for name, of_values, of_scales, of_amaxes in parts
     }
-    return buffer, matrices
+    return amaxes, matrices
 
 
 def _row_chunks(weight_RC: Tensor) -> list[slice]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.parallel.layout import ParallelLayout
@@ -17,13 +17,18 @@ from clipo_megatron.sync.plan import ITEM_BYTES, NO_LAYER, Copy, EngineLayout, F
 from clipo_megatron.sync.strided import cut, join, overlap
 from clipo_megatron.weights.architecture import Architecture
 from clipo_megatron.weights.engine_parameters import engine_parameters
-from clipo_megatron.weights.fp8_parameters import FP8_DTYPE, SCALE_DTYPE, engine_scales, is_quantized, trainer_scales
+from clipo_megatron.weights.fp8_parameters import (
+    FP8_DTYPE,
+    SCALE_DTYPE,
+    Fp8,
+    engine_scales,
+    is_quantized,
+    trainer_scales,
+)
 from clipo_megatron.weights.holdings import HeldParameter, Holding, is_bottom, is_top, trainer_parameters
 from clipo_megatron.weights.names import layer_numbers, padded_vocab_size
 
 DTYPES = ("float32", "bfloat16", "float16")
-Fp8 = Literal["none", "block", "tensor"]
-"""What engines hold in FP8: nothing, or the matrices of the layers with a scale a block or a matrix."""
 _CUT_ELEMENTS = 2 << 20
 
 _Given = dict[str, list[tuple[Holding, tuple[int, ...]]]]

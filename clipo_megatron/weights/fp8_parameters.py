@@ -17,6 +17,10 @@ from clipo_megatron.weights.rules import Rule, Split, hf_shape
 
 Scaling = Literal["block", "tensor"]
 """block: a scale a block (vLLM's "fp8_per_block"); tensor: one a matrix as the engine fuses it ("fp8_per_tensor")."""
+Fp8 = Literal["none", "block", "tensor"]
+"""What engines hold in FP8: nothing, or the matrices of the layers with a scale a block or a matrix."""
+FP8_OF_QUANTIZATION: dict[str, Fp8] = {"none": "none", "fp8_per_block": "block", "fp8_per_tensor": "tensor"}
+"""By rollout.quantization, which is vLLM's name."""
 BLOCK = 128
 FP8_DTYPE, SCALE_DTYPE = "float8_e4m3fn", "float32"
 _SUFFIX: dict[Scaling, str] = {"block": "_scale_inv", "tensor": "_scale"}
@@ -41,12 +45,13 @@ def is_quantized(rule: Rule) -> bool:
 
 
 def kept_modules(arch: Architecture) -> list[str]:
-    """Modules that vLLM's online quantization must be told to leave as they are, as patterns for its `ignore` list.
+    """Modules that vLLM's online quantization must be told to leave as they are, each by name, for its `ignore` list.
 
     vLLM leaves out embedding, output layer and norms by itself, but not the router of every family.
     """
     return [
-        rule.hf[0].name.replace("{layer}", "*").removesuffix(".weight")
+        rule.hf[0].name.replace("{layer}", str(layer)).removesuffix(".weight")
+        for layer in range(arch.num_layers)
         for rule in rules_of(arch)
         if rule.is_of_layer and len(rule.hf[0].dims) == 2 and not is_quantized(rule)
     ]

@@ -40,7 +40,13 @@ def _check(*arguments: object) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    ("transport", "overrides"), [("stream", ()), ("gloo", ("rollout.tp=2",)), ("shm", ("rollout.colocate=true",))]
+    ("transport", "overrides"),
+    [
+        ("stream", ()),
+        ("gloo", ("rollout.tp=2",)),
+        ("shm", ("rollout.colocate=true",)),
+        ("shm", ("rollout.quantization=fp8_per_tensor", "model.dtype=bfloat16")),
+    ],
 )
 def test_synced_engines_agree_with_the_policy_and_stale_ones_do_not(write_recipe, transport, overrides) -> None:
     code, out, err = _check(write_recipe("qwen3"), f"sync.transport={transport}", *overrides)

@@ -34,6 +34,7 @@ def tiny_settings(
     kv_cache_mib: int = 64,
     sleeps: bool = False,
     native_transfer: Literal["", "ipc", "nccl"] = "",
+    quantization: Literal["none", "fp8_per_tensor", "fp8_per_block"] = "none",
 ) -> EngineSettings:
     """Settings that fit a tiny model."""
     return EngineSettings(
@@ -51,6 +52,7 @@ def tiny_settings(
         return_routed_experts=return_routed_experts,
         sleeps=sleeps,
         native_transfer=native_transfer,
+        quantization=quantization,
     )
 
 
@@ -64,6 +66,7 @@ def tiny_engine(
     kv_cache_mib: int = 64,
     sleeps: bool = False,
     native_transfer: Literal["", "ipc", "nccl"] = "",
+    quantization: Literal["none", "fp8_per_tensor", "fp8_per_block"] = "none",
 ) -> Iterator[RolloutEngine]:
     """An engine on a tiny model folder, in this process; closed at the end."""
     settings = tiny_settings(
@@ -74,6 +77,7 @@ def tiny_engine(
         kv_cache_mib=kv_cache_mib,
         sleeps=sleeps,
         native_transfer=native_transfer,
+        quantization=quantization,
     )
     with pytest.MonkeyPatch.context() as patch:
         for name, value in engine_environment("cpu", tp).items():

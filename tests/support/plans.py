@@ -165,13 +165,13 @@ def views_of(transfer: Transfer, source: Mapping[str, Tensor], target: Tensor) -
         (whole,) = wholes
         return [
             (
-                whole.as_strided(copy.shape, copy.source_strides, copy.source_offset),
+                whole.as_strided(copy.shape, copy.source_strides, whole.storage_offset() + copy.source_offset),
                 target.as_strided(copy.shape, copy.strides, copy.offset),
             )
         ]
     return [
         (
-            whole.as_strided(copy.shape[1:], copy.source_strides[1:], copy.source_offset),
+            whole.as_strided(copy.shape[1:], copy.source_strides[1:], whole.storage_offset() + copy.source_offset),
             target.as_strided(copy.shape[1:], copy.strides[1:], copy.offset + number * copy.strides[0]),
         )
         for number, whole in enumerate(wholes)

@@ -81,6 +81,7 @@ def make_worker(
     algorithm: AlgorithmSettings = ALGORITHM,
     contrastive: ContrastiveSettings | None = CONTRASTIVE,
     optimizer: OptimizerSettings = OPTIMIZER,
+    engine_fp8: str = "none",
 ) -> PolicyWorker:
     """This rank's worker."""
     settings = PolicySettings(
@@ -102,6 +103,7 @@ def make_worker(
         contrastive=contrastive,
         optimizer=optimizer,
         seed=3,
+        engine_fp8=engine_fp8,
     )
     return PolicyWorker(settings, rank=dist.get_rank())
 

@@ -52,14 +52,18 @@ class PolicyRanks:
 
 
 @contextmanager
-def policy_ranks(folder: Path, layout: ParallelLayout, *, dtype: str = "float32") -> Iterator[PolicyRanks]:
+def policy_ranks(
+    folder: Path, layout: ParallelLayout, *, dtype: str = "float32", engine_fp8: str = "none"
+) -> Iterator[PolicyRanks]:
     """The policy of a Hugging Face folder; killed at the end."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="policy-") as meeting:
         processes, pipes = [], []
         for rank in range(layout.world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, folder, layout, dtype, rank, meeting), daemon=True)
+            process = context.Process(
+                target=_serve, args=(there, folder, layout, dtype, engine_fp8, rank, meeting), daemon=True
+            )
             process.start()
             there.close()
             processes.append(process)
@@ -86,14 +90,16 @@ def hold_weights(worker: PolicyWorker, folder: Path, version: int) -> None:
     worker.sharing.offer(version)
 
 
-def _serve(pipe: Connection, folder: Path, layout: ParallelLayout, dtype: str, rank: int, meeting: str) -> None:
+def _serve(
+    pipe: Connection, folder: Path, layout: ParallelLayout, dtype: str, engine_fp8: str, rank: int, meeting: str
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(layout.world_size))
     try:
         dist.init_process_group(
             "gloo", init_method=Path(meeting, "store").as_uri(), rank=rank, world_size=layout.world_size
         )
-        worker = make_worker(folder, layout, dtype=dtype, contrastive=None)
+        worker = make_worker(folder, layout, dtype=dtype, contrastive=None, engine_fp8=engine_fp8)
         while True:
             work, arguments = pipe.recv()
             pipe.send((True, work(worker, *arguments)))

@@ -129,6 +129,8 @@ def test_each_key_of_the_layout_moves_its_terms(layout, terms):
         ({"contrastive": {"enabled": False}}, {"head"}),
         ({"algorithm": {"kl": {"coefficient": 0.0}}}, set()),  # the reference policy is on the host
         ({"precision": {"recipe": "blockwise"}}, {"activations", "fp8_weights"}),
+        ({"rollout": {"quantization": "fp8_per_block"}, "sync": {"transport": "nccl"}}, {"weights"}),
+        ({"rollout": {"quantization": "fp8_per_block"}, "sync": {"transport": "stream"}}, set()),
     ],
 )
 def test_each_key_of_the_other_sections_moves_its_terms(sections, terms):

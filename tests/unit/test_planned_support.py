@@ -6,7 +6,14 @@ import pytest
 
 from clipo_megatron.rollout.planned_support import planned_sync_problem
 
-TESTED = {"release": "0.32.0", "family": "qwen3", "dtype": "bfloat16", "device": "cpu", "quantization": None}
+TESTED = {
+    "release": "0.32.0",
+    "family": "qwen3",
+    "dtype": "bfloat16",
+    "device": "cpu",
+    "quantization": "none",
+    "kernels": [],
+}
 
 
 def test_what_was_tested_may_be_filled() -> None:
@@ -17,7 +24,13 @@ def test_what_was_tested_may_be_filled() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("release", "0.33.0"), ("family", "gpt_oss"), ("dtype", "float16"), ("quantization", "fp8"), ("device", "cuda")],
+    [
+        ("release", "0.33.0"),
+        ("family", "gpt_oss"),
+        ("dtype", "float16"),
+        ("quantization", "fp8_per_tensor"),
+        ("device", "cuda"),
+    ],
 )
 def test_what_was_not_tested_is_told(key: str, value: str) -> None:
     problem = planned_sync_problem(**TESTED | {key: value}, is_asked_for=False)

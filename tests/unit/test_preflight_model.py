@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.tiny_models import make_tiny_hf
 
-from clipo_megatron.checks.preflight import file_problems
+from clipo_megatron.checks.preflight import device_problems, file_problems
 from clipo_megatron.recipe import Recipe
 
 Problems = Callable[..., list[str]]
@@ -79,3 +79,33 @@ def test_fp8_needs_multiples_of_16_on_each_rank(
     [problem] = problems_of(family, model, layout=layout, precision={"recipe": "tensorwise"})
     assert named in problem
     assert problems_of(family, model, layout=layout) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "quantization", "words"),
+    [
+        ("qwen3", "fp8_per_tensor", ""),
+        (
+            "qwen3",
+            "fp8_per_block",
+            "rollout.quantization = fp8_per_block: on a CPU vLLM multiplies such blocks with AMX only",
+        ),
+        (
+            "qwen3_moe",
+            "fp8_per_tensor",
+            "rollout.quantization = fp8_per_tensor: on a CPU vLLM multiplies FP8 experts with AMX only",
+        ),
+        ("qwen3_moe", "none", ""),
+    ],
+)
+def test_fp8_engines_that_a_cpu_can_t_run_are_told(tmp_path: Path, family: str, quantization: str, words: str) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "run": {"name": "test", "device": "cpu"},
+            "model": {"path": str(make_tiny_hf(tmp_path, family)), "dtype": "bfloat16"},
+            "data": {"train": ["not-read.jsonl"]},
+            "rollout": {"quantization": quantization},
+        }
+    )
+    found = device_problems(recipe)
+    assert [problem[: len(words)] for problem in found] == ([words] if words else [])

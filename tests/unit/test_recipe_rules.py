@@ -231,6 +231,11 @@ CASES: list[tuple[Values, str, Values]] = [
         "optimizer.cpu_offload = true: needs the distributed optimizer",
         {"layout.distributed_optimizer": True},
     ),
+    (
+        {"rollout.quantization": "fp8_per_block", "model.dtype": "float32"},
+        "rollout.quantization = fp8_per_block: vLLM quantises 16-bit weights only, found model.dtype = float32",
+        {"model.dtype": "bfloat16"},
+    ),
     # retention
     ({"checkpoint.keep_every": 25}, "checkpoint.keep_every = 25: must be a multiple of", {"checkpoint.keep_every": 30}),
     (

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support.engine_bits import Bits, bits_of_worker, resources_of_worker
@@ -32,6 +33,7 @@ CASES = {
     "dense tied, tp2 x pp2 to tp 2": ({"family": "qwen3", "tied": True}, {"world_size": 4, "tp": 2, "pp": 2}, 2),
     "dense untied, dp2 to tp 1": ({"family": "qwen2"}, {"world_size": 2}, 1),
     "mixture, ep2 to tp 1": ({"family": "qwen3_moe"}, {"world_size": 2, "ep": 2}, 1),
+    "dense tied, tp2 to an FP8 engine": ({"family": "qwen3", "tied": True}, {"world_size": 2, "tp": 2}, 1),
 }
 
 
@@ -40,6 +42,7 @@ def _open(worker: PolicyWorker, plan: str, meeting: Meeting) -> None:
 
 
 def _hold(worker: PolicyWorker, folder: Path) -> None:
+    worker.sharing.withdraw()
     load_hf_weights(worker._stage, folder, worker._architecture, worker._layout, rank=worker._rank)
 
 
@@ -51,11 +54,21 @@ def _send(worker: PolicyWorker, version: int, verify: bool) -> None:
 class Pair:
     """Trainer ranks and an engine that have met."""
 
-    def __init__(self, engine: RolloutEngine, ranks: PolicyRanks, folder: Path, layout: ParallelLayout, tp: int):
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        ranks: PolicyRanks,
+        folder: Path,
+        layout: ParallelLayout,
+        tp: int,
+        *,
+        is_fp8: bool = False,
+    ):
         self.engine, self._ranks = engine, ranks
         apart = place_apart(trainer_ranks=layout.world_size, engine_ranks=tp, gpus_per_node=1)
         engines = EngineLayout(engines=1, tp=tp)
-        plan = plan_sync(read_architecture(folder), layout, engines, apart, dtype="float32", cut_elements=1024)
+        dtype, fp8 = ("bfloat16", "tensor") if is_fp8 else ("float32", "none")
+        plan = plan_sync(read_architecture(folder), layout, engines, apart, dtype=dtype, fp8=fp8, cut_elements=1024)
         self.plan = to_json(plan)
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._meetings = 0
@@ -103,14 +116,22 @@ class Pair:
 @pytest.mark.parametrize("case", CASES)
 def test_sent_slices_give_an_engine_the_bits_that_whole_tensors_give(case: str, tmp_path: Path) -> None:
     model, trainer, tp = CASES[case]
-    layout = ParallelLayout(**trainer)
+    layout, is_fp8 = ParallelLayout(**trainer), "FP8" in case
+    dtype = torch.bfloat16 if is_fp8 else torch.float32
     folders = [make_tiny_hf(tmp_path / str(seed), **model, vocab_size=VOCAB_SIZE, seed=seed) for seed in range(3)]
-    with policy_ranks(folders[0], layout) as ranks, tiny_engine(folders[0], tp=tp, kv_cache_mib=16) as engine:
-        pair = Pair(engine, ranks, folders[0], layout, tp)
+    name = str(dtype).removeprefix("torch.")
+    with (
+        policy_ranks(folders[0], layout, dtype=name, engine_fp8="tensor" if is_fp8 else "none") as ranks,
+        tiny_engine(
+            folders[0], tp=tp, dtype=name, kv_cache_mib=16, quantization="fp8_per_tensor" if is_fp8 else "none"
+        ) as engine,
+    ):
+        pair = Pair(engine, ranks, folders[0], layout, tp, is_fp8=is_fp8)
         version, wanted = 0, []
         for folder in folders[1:]:
             version += 1
-            update(engine, version, list(load_file(folder / "model.safetensors").items()))
+            tensors = load_file(folder / "model.safetensors")
+            update(engine, version, [(name, tensor.to(dtype)) for name, tensor in tensors.items()])
             wanted.append(pair.bits())
         assert wanted[0] != wanted[1]
         for verify in (True, False):
