@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from clipo_megatron.data.rows import read_rows
 from clipo_megatron.data.tokenizer import load_tokenizer, render_prompts
 from clipo_megatron.doctor.finding import Finding, fail, of_problems, ok, skip, warn
-from clipo_megatron.doctor.imports import check_imports
+from clipo_megatron.doctor.imports import UNCONFINED_REMEDY, check_imports
 from clipo_megatron.errors import CheckError, ConfigError, WorkerError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.records import Ids
@@ -71,8 +71,7 @@ def check_verifiers(recipe: Recipe) -> Finding:
         return fail(name, cause or remedy, remedy if cause else "reinstall math-verify and sympy as pinned")
     good = f"{rewards.workers} processes judge known pairs rightly and outlive a poison pill"
     if unconfined:
-        remedy = "run on Linux x86_64 with seccomp, or know that answers are parsed by processes with your rights"
-        return warn(name, f"{good}, and are not confined: {unconfined}", remedy)
+        return warn(name, f"{good}, and are not confined: {unconfined}", UNCONFINED_REMEDY)
     return ok(name, good)
 
 

@@ -1,13 +1,17 @@
-"""Level model: the packages of a run are imported in a process of its own, and a product is computed. Loads without torch."""
+"""What only a process of its own can try: imports of a run's packages, and the filter that confines verifiers.
+
+Loads without torch.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-from clipo_megatron.doctor.finding import Finding, fail, ok
+from clipo_megatron.doctor.finding import Finding, fail, ok, warn
 
 _NAME = "imports"
+UNCONFINED_REMEDY = "run on Linux x86_64 with seccomp, or know that answers are parsed by processes with your rights"
 _SMOKE = """
 def at(stage):
     print(stage, flush=True)
@@ -52,6 +56,25 @@ def check_imports(*, timeout_s: float = 300.0) -> Finding:
     last = " ".join((errors.strip().splitlines() or ["no message"])[-1].split())[:300]
     remedy = "install the pinned requirements again there, or run in the container; CUDA's libraries must be torch's"
     return fail(_NAME, f"{stage}: {ending}: {last}", remedy)
+
+
+def check_confinement(*, timeout_s: float = 60.0) -> Finding:
+    """Whether this system's kernel lets verifiers be confined, tried in a process that ends then."""
+    name, code = "confinement", "from clipo_megatron.rewards.confinement import confine; print(confine())"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+        reason = (
+            done.stdout.strip()
+            if done.returncode == 0
+            else f"the filter ended its process, exit code {done.returncode}"
+        )
+    except subprocess.TimeoutExpired:
+        reason = f"not done after {timeout_s:g} s"
+    if reason:
+        return warn(name, f"verifiers are not confined on this host: {reason}", UNCONFINED_REMEDY)
+    return ok(name, "verifiers have no network, write no files and start no programs")
 
 
 def _text(found: bytes | str | None) -> str:

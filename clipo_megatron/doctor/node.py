@@ -22,6 +22,7 @@ from clipo_megatron.checks.memory import estimate_memory
 from clipo_megatron.checks.preflight import existing_folder
 from clipo_megatron.doctor.devices import device_facts, device_findings
 from clipo_megatron.doctor.finding import Finding, fail, ok, skip, warn
+from clipo_megatron.doctor.imports import check_confinement, check_imports
 from clipo_megatron.doctor.packages import package_facts, package_findings
 from clipo_megatron.doctor.shared_folder import check_shared_folder, model_facts
 from clipo_megatron.errors import ConfigError
@@ -79,6 +80,9 @@ def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
         check_time(os.environ, _slowest_step(folder / "metrics.jsonl")),
         *package_findings(recipe),
         *device_findings(recipe, needs_torch=case.needs_torch),
+        # On a CPU the run's own workers tell as soon, and the nodes of a job have better to do.
+        check_imports() if is_gpu and case.needs_torch else skip("imports", "run.device = cpu; level model tries them"),
+        check_confinement(),
     ]
     facts = package_facts() | device_facts() | model_facts(recipe) | _clock_fact(folder)
     return findings, facts

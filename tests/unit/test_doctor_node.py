@@ -282,3 +282,26 @@ def test_the_size_of_rays_object_store_is_the_clusters():
     from clipo_megatron.cluster.session import OBJECT_STORE_BYTES
 
     assert node._OBJECT_STORE == OBJECT_STORE_BYTES
+
+
+def _on_a_gpu(recipe):
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"device": "cuda"})})
+
+
+def test_a_package_that_crashes_is_named_on_its_host(recipe, tmp_path, monkeypatch):
+    (tmp_path / "megatron.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    (finding,) = [finding for finding in run_node(NodeCase(recipe=_on_a_gpu(recipe)))[0] if finding.check == "imports"]
+    assert finding.status is Status.FAIL
+    assert finding.cause.startswith("megatron-core: exit code 1: OSError: libcudart.so.13")
+
+
+def test_a_host_whose_kernel_takes_no_filter_is_told(recipe, tmp_path, monkeypatch):
+    def found():
+        return next(finding for finding in run_node(NodeCase(recipe=recipe))[0] if finding.check == "confinement")
+
+    assert found().status is Status.OK
+    (tmp_path / "sitecustomize.py").write_text("import platform\nplatform.machine = lambda: 'riscv64'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    assert found().status is Status.WARN
+    assert "not confined on this host: a filter of system calls is written for Linux on x86_64 alone" in found().cause
