@@ -1,7 +1,7 @@
 """`clipo check parity RECIPE.yaml [key=value ...] --layout tp=2,pp=2`: does a layout give what one rank gives?
 
 Runs the recipe's model, cut to a few layers, under the layout and on one rank, both on this machine. `clipo check sync`
-is declared here as well; see cli/check_sync.py.
+and `clipo check step` are declared here as well; see cli/check_sync.py and cli/check_step.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from clipo_megatron.cli import check_sync
+from clipo_megatron.cli import check_step, check_sync
+from clipo_megatron.cli.devices import local_device
 from clipo_megatron.errors import ConfigError
-from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.load import read_recipe
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ _TERMINATED = 128 + signal.SIGTERM
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Declare the command."""
-    parser = commands.add_parser("check", help="check a recipe's layout, or its weight syncs", description=__doc__)
+    parser = commands.add_parser(
+        "check", help="check a recipe's layout, its weight syncs, or a step of full length", description=__doc__
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     parity = actions.add_parser(
         "parity",
@@ -83,6 +85,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "or a worker failed; 2: bad input.",
     )
     check_sync.add_arguments(sync)
+    step = actions.add_parser(
+        "step",
+        help="train on micro-batches of full length, save, kill the ranks in a save, load, compare",
+        description="Exit code 0: the step fits, and what was loaded is what was saved; 1: not so, or a rank failed; 2: bad "
+        "input.",
+    )
+    check_step.add_arguments(step)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     from clipo_megatron.checks.preflight import expert_problems
     from clipo_megatron.cluster.settings import policy_settings
 
-    device, device_problems = _device(recipe)
+    device, device_problems = local_device(recipe)
     model, model_problems = choose_model(
         Path(recipe.model.path),
         recipe.layout,
@@ -185,21 +194,6 @@ def _option_problems(args: argparse.Namespace) -> list[str]:
     if not 0 < args.timeout < math.inf:
         problems.append(f"--timeout {args.timeout:g}: must be a number of seconds > 0")
     return problems
-
-
-def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], list[str]]:
-    """Where the ranks run. Without a GPU that is the CPU, whatever the recipe is for."""
-    import torch
-
-    if recipe.run.device == "cpu" or not torch.cuda.is_available():
-        return "cpu", []
-    count, world_size = torch.cuda.device_count(), recipe.layout.world_size
-    if world_size <= count:
-        return "cuda", []
-    return "cuda", [
-        f"layout.world_size = {world_size}: {count} GPUs are visible here, and every rank needs one; use a smaller --layout, "
-        "or run.device=cpu"
-    ]
 
 
 def report_json(report: ParityReport) -> dict[str, object]:

@@ -53,9 +53,15 @@ def run_model(recipe: Recipe) -> list[Finding]:
                 remedy="see docs/weight_sync.md; try sync.transport=stream",
             )
         )
-    findings.append(
-        skip("worst micro-batch", "none of full length is run here; its memory is estimated, see GPU memory above")
-    )
+        findings.append(
+            _check_command(
+                "step",
+                ["check", "step", str(path)],
+                good="longest rollouts",
+                remedy="out of memory: lower layout.micro_batch_tokens or recompute more; else see that the run folder's file "
+                "system keeps what it is given",
+            )
+        )
     return findings
 
 
@@ -125,7 +131,9 @@ def _check_logits(recipe: Recipe, path: Path, folder: Path) -> Finding:
 
 def _check_command(name: str, arguments: Sequence[str], *, good: str, remedy: str) -> Finding:
     done = _run(arguments)
-    return _of_failure(name, done, remedy) if done.returncode else ok(name, good)
+    if done.returncode:
+        return _of_failure(name, done, remedy)
+    return ok(name, f"{good}: {done.stdout.strip()}" if name == "step" else good)
 
 
 def _of_failure(name: str, done: subprocess.CompletedProcess[str], remedy: str) -> Finding:
