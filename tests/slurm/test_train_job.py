@@ -92,7 +92,7 @@ def test_a_run_over_two_nodes_has_a_policy_rank_and_an_engine_on_each(lab, submi
 
 
 def test_usr1_in_the_middle_of_a_step_saves_requeues_and_goes_on_from_there(lab, submit_run, tmp_path, uninterrupted):
-    job, folder = submit_run("told", STEPS, "checkpoint.every=10")
+    job, folder = submit_run("told", STEPS, "checkpoint.every=10", CLIPO_DOCTOR="off")
     _wait_for_phase(tmp_path / "told", 2, "train")
     lab.run("scancel", "--batch", "--signal=USR1", job)
     _go_on(lab, job, folder)
@@ -127,7 +127,7 @@ def test_a_cancelled_job_stays_cancelled_though_its_run_saves_and_would_go_on(la
 def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_on(lab, submit_run, tmp_path):
     # SIGCONT, one second before the end, is no warning.
     options = ("--time=1", "--signal=B:CONT@1")
-    job, folder = submit_run("limit", "run.steps=1000", "checkpoint.every=1000", options=options)
+    job, folder = submit_run("limit", "run.steps=1000", "checkpoint.every=1000", options=options, CLIPO_DOCTOR="off")
     found = lab.wait(job, "PENDING", "TIMEOUT", "FAILED", "COMPLETED", timeout_s=30)
     found = lab.wait(job, "RUNNING", timeout_s=30)
     found = lab.wait(job, "PENDING", "TIMEOUT", "FAILED", "COMPLETED", timeout_s=150)
@@ -141,7 +141,8 @@ def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_
 
 @pytest.mark.parametrize(("phase", "node"), [("generate", "n2"), ("train", "n1"), ("sync", "n2")])
 def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(lab, submit_run, tmp_path, uninterrupted, phase, node):
-    job, folder = submit_run("lost", STEPS, "checkpoint.every=1", "checkpoint.asynchronous=false")
+    # With the doctor, which the run over two nodes has, each start would take ten seconds more.
+    job, folder = submit_run("lost", STEPS, "checkpoint.every=1", "checkpoint.asynchronous=false", CLIPO_DOCTOR="off")
     _wait_for_phase(tmp_path / "lost", 2, phase)
     lab.kill_node(node)
     try:
