@@ -18,7 +18,7 @@ import ray
 
 from clipo_megatron.cluster.engine_leftovers import claim
 from clipo_megatron.cluster.memory_use import MemoryUse, memory_use
-from clipo_megatron.cluster.worker_log import LoggedWorker, WorkerFailure
+from clipo_megatron.cluster.worker_log import DUMP_SIGNAL, LoggedWorker, WorkerFailure
 from clipo_megatron.errors import EngineError
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport, WeightBucket
 
@@ -242,6 +242,7 @@ class EngineActor(LoggedWorker):
         from clipo_megatron.rollout.engine import RolloutEngine
 
         self._engine = RolloutEngine(self._settings)
+        self._engine.write_stacks(DUMP_SIGNAL, self.log_path.with_suffix(""))
 
     @reports_failure
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int | None) -> list[RolloutGroup]:

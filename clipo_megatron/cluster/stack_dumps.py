@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ def telling_stacks() -> Generator[None]:
 def kill_late(late: WorkersLate) -> str:
     """Have all workers write their stacks, and kill the late ones; the message with what they did and where the stacks are."""
     dumps = dump_all(kill=late.workers)
-    doing = ", ".join(f"{dump.worker} {dump.doing}" for dump in dumps if dump.worker in late.workers)
+    doing = ", ".join(f"{dump.worker} {dump.doing}" for dump in dumps if dump.worker.partition(" ")[0] in late.workers)
     files = ", ".join(dump.log for dump in dumps if dump.log)
     return f"{late}. There: {doing or 'no process was found'}; stacks of all workers: {files or 'none'}"
 
@@ -100,6 +100,12 @@ def _living_actors() -> list[dict[str, Any]]:
 
 
 def _dump_on_this_node(pids: dict[str, int], kill: Sequence[str]) -> list[Dump]:
+    pids = pids | {
+        f"{name} worker {rank}": child
+        for name, pid in pids.items()
+        for child in _descendants(pid)
+        if (log := _log_of(child)) is not None and (rank := log.stem.rpartition(".worker")[2]).isdigit()
+    }
     # Ray may not know yet that a process is gone; a number that another program has by now must get no signal of ours.
     pids = {name: pid for name, pid in pids.items() if _state(pid) not in "ZX"}
     logs = {name: _log_of(pid) for name, pid in pids.items()}
@@ -122,6 +128,18 @@ def _dump(name: str, log: Path | None, start: int, state: str) -> Dump:
         return Dump(worker=name, log=str(log), doing=f"is in {head['function']} ({head['file']}:{head['line']})")
     why = {"T": "is stopped (by a signal or a debugger)", "t": "is stopped by a debugger", "D": "waits in the kernel"}
     return Dump(worker=name, log="", doing=f"{why.get(state, 'runs')} and writes no stack")
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    """Processes that a worker has started: an engine's workers, where it has several."""
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(child) for child in tasks.read_text().split()]
+        except OSError:  # the thread has ended
+            continue
+        for child in children:
+            yield child
+            yield from _descendants(child)
 
 
 def _log_of(pid: int) -> Path | None:

@@ -32,12 +32,13 @@ class LoggedWorker:
     """Base state of an actor: its name and its log file."""
 
     worker_name: str
+    log_path: Path
 
     def open_log(self, name: str, folder: str) -> None:
         """Send this process's log records to `folder`/`name`.log, and its stacks when asked by `DUMP_SIGNAL`."""
         self.worker_name = name
         Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder) / f"{name}.log"
+        self.log_path = path = Path(folder) / f"{name}.log"
         handler = logging.FileHandler(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()

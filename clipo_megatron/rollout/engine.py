@@ -182,6 +182,11 @@ class RolloutEngine:
         """See `WeightUpdates.commit_pull`."""
         self._updates.commit_pull(version, timeout_s=timeout_s)
 
+    def write_stacks(self, signal_number: int, stem: Path) -> None:
+        """Have workers that are processes of their own write their stacks to STEM.workerRANK.log when the signal comes."""
+        if self._settings.tp > 1:
+            self._workers.call("clipo_write_stacks", signal_number, str(stem))
+
     def sleep(self) -> None:
         """See `WeightUpdates.sleep`."""
         self._updates.sleep()

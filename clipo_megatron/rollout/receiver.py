@@ -6,7 +6,8 @@ vLLM mixes the class into its Worker; `rollout.workers.Workers` calls its method
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -43,6 +44,7 @@ class WeightReceiver:
     clipo_planned: PlannedReload | LinkedReload
     clipo_routes: RouteRecorder
     clipo_cache: CacheMemory
+    clipo_stacks: TextIO
 
     def clipo_call(self, board: str, call: int, method: str, arguments: Sequence[Any]) -> Reply:
         """Call one of the methods below; what it raises becomes the reply, and the board tells that it has come to its end.
@@ -148,6 +150,14 @@ class WeightReceiver:
             bucket_bytes=meeting.bucket_bytes,
         )
         return self.clipo_planned.num_bytes, self.clipo_planned.floor_seconds
+
+    def clipo_write_stacks(self, signal_number: int, stem: str) -> None:
+        """Write this worker's stacks to STEM.workerRANK.log whenever the signal comes."""
+        import faulthandler
+
+        path = Path(f"{stem}.worker{self.rank}.log")
+        self.clipo_stacks = path.open("a")  # for as long as the process lives
+        faulthandler.register(signal_number, file=self.clipo_stacks, all_threads=True)
 
     def clipo_fp8_kernels(self) -> list[str]:
         """See `fp8_kernels` of rollout/quantization.py."""

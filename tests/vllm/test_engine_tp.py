@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from support.engines import SAMPLING, load_reference, perturbed, random_prompts, tiny_engine, update, worst_difference
 from support.tiny_models import make_tiny_hf
 
+from clipo_megatron.cluster.stack_dumps import _dump_on_this_node
+from clipo_megatron.cluster.worker_log import DUMP_SIGNAL
 from clipo_megatron.errors import CheckError, EngineError
 from clipo_megatron.sync.bucket import pack_buckets
 
@@ -33,4 +37,18 @@ def test_two_workers_sample_from_the_updated_weights_and_survive_a_bad_bucket(tm
         with pytest.raises(EngineError, match="stale"):
             engine.generate(prompts, sampling, version=2)
         update(engine, 3, tensors)
+        assert worst_difference(reference, engine.generate(prompts, sampling, version=3)) < 1e-4
+
+        engine.write_stacks(DUMP_SIGNAL, tmp_path / "engine_0")
+        stopped = next(
+            child for child in psutil.Process().children(recursive=True) if "TP1" in "".join(child.cmdline())
+        )
+        stopped.suspend()
+        try:
+            dumps = {dump.worker: dump for dump in _dump_on_this_node({"engine_0": os.getpid()}, [])}
+        finally:
+            stopped.resume()
+        assert dumps["engine_0 worker 0"].doing.startswith("is in ")
+        assert dumps["engine_0 worker 0"].log == str(tmp_path / "engine_0.worker0.log")
+        assert dumps["engine_0 worker 1"].doing == "is stopped (by a signal or a debugger) and writes no stack"
         assert worst_difference(reference, engine.generate(prompts, sampling, version=3)) < 1e-4
