@@ -26,6 +26,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("recipe", type=Path, help="YAML file, on a file system that all nodes share")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. layout.tp=4 run.steps=10")
     parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as the recipe's workers need")
+    parser.add_argument(
+        "--spare-nodes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="more nodes, idle until one is lost: the job goes on with them in place of waiting in the queue (default: 0)",
+    )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
     parser.add_argument("--time", default="04:00:00", metavar="T", help="limit of the job (default: %(default)s)")
     parser.add_argument(
@@ -45,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     recipe, problems = read_recipe(args.recipe, args.overrides)
     if problems or recipe is None:
         raise ConfigError(problems)
-    needs = needs_of(recipe, nodes=args.nodes, gpus_per_node=args.gpus_per_node, time=args.time)
+    needs = needs_of(
+        recipe, nodes=args.nodes, gpus_per_node=args.gpus_per_node, time=args.time, spare_nodes=args.spare_nodes
+    )
     script = render(str(args.recipe), args.overrides, name=recipe.run.name, needs=needs)
     if args.render:
         print(script, end="")
@@ -68,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     sys.stderr.write(done.stderr)
     job = done.stdout.strip().split(";")[0]
     print(
-        f"job {job}: {needs.nodes} nodes x {needs.gpus_per_node} GPUs, {needs.time}; its folder will be {jobs_folder() / job}"
+        f"job {job}: {needs.nodes + needs.spare_nodes} nodes x {needs.gpus_per_node} GPUs, {needs.time}; its folder will be {jobs_folder() / job}"
     )
     print(
         f"  clipo status {job}\n  clipo why {job}\n  scancel --batch --signal=USR1 {job}   # save, and go on in a new attempt"

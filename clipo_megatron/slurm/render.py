@@ -27,9 +27,11 @@ class Needs:
     """0: a run on CPUs."""
     time: str
     """As sbatch's --time."""
+    spare_nodes: int = 0
+    """More nodes, idle until one is lost."""
 
 
-def needs_of(recipe: Recipe, *, nodes: int | None, gpus_per_node: int, time: str) -> Needs:
+def needs_of(recipe: Recipe, *, nodes: int | None, gpus_per_node: int, time: str, spare_nodes: int = 0) -> Needs:
     """The least that a recipe's workers fit in, or as many nodes as were asked for.
 
     Args:
@@ -37,6 +39,7 @@ def needs_of(recipe: Recipe, *, nodes: int | None, gpus_per_node: int, time: str
         nodes: None: as many as it needs.
         gpus_per_node: that each node of the cluster has.
         time: limit of the job, as sbatch's --time.
+        spare_nodes: beside these.
 
     Raises:
         ConfigError: all that is wrong with them: too few nodes, no time.
@@ -45,6 +48,8 @@ def needs_of(recipe: Recipe, *, nodes: int | None, gpus_per_node: int, time: str
     problems: list[str] = []
     if gpus_per_node < 1:
         problems.append(f"--gpus-per-node = {gpus_per_node}: must be >= 1")
+    if spare_nodes < 0:
+        problems.append(f"--spare-nodes = {spare_nodes}: must be >= 0")
     if not _TIME.fullmatch(time):
         problems.append(f"--time = {time}: must be minutes, H:MM:SS or D-HH:MM:SS, as sbatch takes it")
     is_cpu = recipe.run.device == "cpu"
@@ -61,6 +66,7 @@ def needs_of(recipe: Recipe, *, nodes: int | None, gpus_per_node: int, time: str
         nodes=least if nodes is None else nodes,
         gpus_per_node=0 if is_cpu else min(gpus_per_node, workers) if least == 1 else gpus_per_node,
         time=time,
+        spare_nodes=spare_nodes,
     )
 
 
@@ -75,7 +81,7 @@ def render(recipe_path: str, overrides: Sequence[str], *, name: str, needs: Need
     """
     options = {
         "job-name": "clipo-" + _NAME.sub("-", name),
-        "nodes": str(needs.nodes),
+        "nodes": str(needs.nodes + needs.spare_nodes),
         "gpus-per-node": str(needs.gpus_per_node),
         "time": needs.time,
     }
@@ -85,4 +91,5 @@ def render(recipe_path: str, overrides: Sequence[str], *, name: str, needs: Need
             lines[number] = f"#SBATCH --{found[1]}={options.get(found[1], line.split('=', 1)[1])}"
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
     words = " ".join(shlex.quote(word) for word in (recipe_path, *overrides))
-    return "\n".join([*lines[: last + 1], f"set -- {words}", *lines[last + 1 :]]) + "\n"
+    spare = ["#SBATCH --no-kill", f"export CLIPO_SPARE_NODES={needs.spare_nodes}"] if needs.spare_nodes else []
+    return "\n".join([*lines[: last + 1], *spare, f"set -- {words}", *lines[last + 1 :]]) + "\n"

@@ -159,6 +159,29 @@ def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(lab, submit_run, t
     assert "attempt 1 goes on" in told_first[2]
 
 
+def test_a_job_with_a_spare_node_goes_on_without_the_one_it_lost(lab, submit_run, tmp_path, uninterrupted):
+    overrides = (STEPS, "checkpoint.every=1", "checkpoint.asynchronous=false")
+    options = ("--nodes=3", "--no-kill")
+    job, folder = submit_run("spare", *overrides, options=options, CLIPO_SPARE_NODES="1", CLIPO_DOCTOR="off")
+    _wait_for_phase(tmp_path / "spare", 2, "train")
+    lab.kill_node("n2")
+    try:
+        lab.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+        _finish(lab, job, folder)
+    finally:
+        lab.start_node("n2")
+        lab.wait_until_idle("n2")
+    assert lab.job(job)["Restarts"] == "0"
+    assert sorted(path.name for path in folder.glob("attempt-*")) == ["attempt-0", "attempt-1"]
+    assert sorted(path.name for path in (folder / "attempt-1").glob("ray-*.log")) == ["ray-n1.log", "ray-n3.log"]
+    _assert_same_run(tmp_path / "spare", uninterrupted)
+    why = (sys.executable, "-m", "clipo_megatron.cli", "why", job, "--attempt", "0")
+    told_first = lab.run(*why, CLIPO_JOBS_DIR=str(folder.parent), PYTHONPATH=str(ROOT)).splitlines()[:3]
+    assert re.match(r"node: +n2, in phase driver,", told_first[0]), told_first
+    assert "the node was lost: it does not answer" in told_first[1]
+    assert "attempt 1 goes on" in told_first[2]
+
+
 def test_the_script_as_shipped_is_accepted_by_a_cluster_of_eight_h100_a_node(lab, tmp_path):
     said = lab.run("sbatch", "--test-only", "--nodes=4", "--gpus-per-node=8", str(SCRIPT), "recipe.yaml", check=False)
     assert "to start at" in said

@@ -44,6 +44,20 @@ def test_a_job_asks_for_the_gpus_of_all_workers(capsys, arguments, nodes, gpus):
     assert _option(script, "time") == "1-02:00:00"
 
 
+def test_spare_nodes_are_asked_for_beside_and_outlive_a_lost_one(capsys):
+    recipe = str(EXAMPLES / "math_qwen3_32b" / "recipe.yaml")
+    script = _render(capsys, recipe, "--spare-nodes=1")
+    assert _option(script, "nodes") == "5"
+    lines = script.splitlines()
+    assert lines.index("#SBATCH --no-kill") < lines.index("set -euo pipefail")
+    assert "export CLIPO_SPARE_NODES=1" in lines
+    plain = _render(capsys, recipe)
+    assert "#SBATCH --no-kill" not in plain
+    assert "export CLIPO_SPARE_NODES" not in plain
+    assert main(["launch", recipe, "--spare-nodes=-1", "--render"]) == 2
+    assert "--spare-nodes = -1: must be >= 0" in capsys.readouterr().err
+
+
 def test_too_few_nodes_and_a_time_that_is_none_are_refused_together(capsys):
     recipe = str(EXAMPLES / "math_qwen3_32b" / "recipe.yaml")
     assert main(["launch", recipe, "--nodes=3", "--time=tomorrow", "--render"]) == 2
