@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -108,10 +109,18 @@ def _check(recipe: Recipe, args: argparse.Namespace, *, is_sound: bool) -> tuple
     if level == "node":
         from clipo_megatron.doctor.node import NodeCase, run_node
         from clipo_megatron.slurm.ports import free_ports
+        from clipo_megatron.slurm.ray_node import INTERFACE_VARIABLE, own_address
 
         ports = None if args.ports is None else read_ports(args.ports)
         folders = list(dict.fromkeys(folder for folder in (*args.log_folder, args.report) if folder is not None))
-        case = NodeCase(recipe=recipe, log_folders=folders, ports=ports, find_ports=free_ports)
+        in_job = "SLURM_JOB_ID" in os.environ or INTERFACE_VARIABLE in os.environ
+        case = NodeCase(
+            recipe=recipe,
+            log_folders=folders,
+            ports=ports,
+            find_ports=free_ports,
+            find_address=own_address if in_job else None,
+        )
         more, facts = run_node(case)
         findings += more
     elif level == "model":
@@ -161,8 +170,6 @@ def _skipped(finding: Finding, names: Sequence[str]) -> Finding:
 
 def _is_silent_rank(level: str) -> bool:
     """Of several ranks of a measurement the first one speaks."""
-    import os
-
     return level == "fabric" and os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0")) != "0"
 
 

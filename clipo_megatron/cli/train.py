@@ -187,6 +187,8 @@ def stop_signals(end_time: float | None) -> Iterator[StopRequest]:
     stop = StopRequest(end_time=end_time)
 
     def ask(number: int, _frame: FrameType | None) -> None:
+        if stop.is_asked and number == signal.SIGUSR1:
+            return  # as good as said once
         if stop.is_asked:
             raise KeyboardInterrupt
         logging.getLogger(__name__).info("%s: stopping", signal.Signals(number).name)
@@ -197,7 +199,9 @@ def stop_signals(end_time: float | None) -> Iterator[StopRequest]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # What is left to do must not be ended by a call to stop that comes again.
+            is_repeated = stop.is_asked and number == signal.SIGUSR1
+            signal.signal(number, signal.SIG_IGN if is_repeated else handler)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from clipo_megatron.doctor.finding import Finding, fail, ok, skip, warn
 from clipo_megatron.doctor.imports import check_confinement, check_imports
 from clipo_megatron.doctor.packages import package_facts, package_findings
 from clipo_megatron.doctor.shared_folder import check_shared_folder, model_facts
-from clipo_megatron.errors import ConfigError
+from clipo_megatron.errors import ConfigError, WorkerError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.weights.architecture import read_architecture
 
@@ -55,6 +55,8 @@ class NodeCase:
     """Ports that services of the job will listen on here, by name; None: not told."""
     find_ports: Callable[[int], Sequence[int]] | None = None
     """Gives so many free ports of this host, or raises OSError."""
+    find_address: Callable[[], str] | None = None
+    """In a job: the address at which this host's Ray will listen, or raises WorkerError."""
     needs_torch: bool = True
     """Import torch and look at the devices by it."""
 
@@ -73,7 +75,7 @@ def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
         check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         check_locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[1], is_gpu=is_gpu),
         *check_environment(os.environ, is_gpu=is_gpu),
-        check_address(socket.gethostname()),
+        check_address(socket.gethostname()) if case.find_address is None else check_own_address(case.find_address),
         *check_ports(case.ports),
         check_free_ports(case.find_ports),
         check_host_memory(recipe, available=memory_limit(), ranks=_ranks_here(recipe)),
@@ -198,6 +200,20 @@ def check_address(host: str) -> Finding:
         remedy = "on several nodes set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or correct /etc/hosts"
         return warn(name, cause, remedy)
     return ok(name, cause)
+
+
+def check_own_address(find: Callable[[], str]) -> Finding:
+    """There is an address for this host's Ray that the job's other nodes reach it at.
+
+    Args:
+        find: gives it, or raises WorkerError.
+    """
+    name = "address"
+    try:
+        return ok(name, f"Ray will listen at {find()}")
+    except WorkerError as error:
+        cause, _, remedy = str(error).rpartition("; ")
+        return fail(name, cause, remedy)
 
 
 def check_ports(ports: Mapping[str, int] | None) -> list[Finding]:

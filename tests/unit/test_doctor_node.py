@@ -22,6 +22,7 @@ from clipo_megatron.doctor.finding import Status
 from clipo_megatron.doctor.node import NodeCase, run_node
 from clipo_megatron.recipe import load_recipe
 from clipo_megatron.slurm.ports import free_ports
+from clipo_megatron.slurm.ray_node import own_address
 
 GIB = 1 << 30
 
@@ -159,6 +160,13 @@ def test_a_name_that_leads_to_this_host_alone_is_told():
     assert node.check_address("localhost").status is Status.WARN
     assert node.check_address("no-such-host.invalid").status is Status.WARN
     assert node.check_address("10.77.0.1").status is Status.OK
+
+
+def test_an_interface_that_a_host_lacks_is_found(recipe, monkeypatch):
+    monkeypatch.setenv("CLIPO_INTERFACE", "lo")
+    assert failed(NodeCase(recipe=recipe, find_address=own_address)) == set()
+    monkeypatch.setenv("CLIPO_INTERFACE", "bond9")
+    assert failed(NodeCase(recipe=recipe, find_address=own_address)) == {"address"}
 
 
 def test_a_taken_port_is_found_with_its_service(recipe, tmp_path):

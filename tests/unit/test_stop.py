@@ -11,6 +11,25 @@ from clipo_megatron.cli.train import stop_signals
 from clipo_megatron.controller.stop import StepAbandoned, StopRequest
 
 
+@pytest.fixture(autouse=True)
+def handlers_of_the_tests_process():
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_being_told_twice_by_usr1_is_being_told_once_also_after_the_run():
+    with stop_signals(None) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.is_asked
+    os.kill(os.getpid(), signal.SIGUSR1)  # would end the process
+    with stop_signals(None):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_a_signal_gives_up_what_can_be_given_up_and_nothing_else():
     with stop_signals(None) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
