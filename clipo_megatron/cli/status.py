@@ -14,7 +14,7 @@ from clipo_megatron.errors import ConfigError
 from clipo_megatron.slurm.job_folder import JOB_FILE, JOBS_VARIABLE, jobs_folder, read_job
 from clipo_megatron.slurm.progress import JobProgress, job_progress
 
-_COLUMNS = ("job", "run", "state", "attempt", "phase", "step", "at", "s/step", "left", "checkpoint")
+_COLUMNS = ("job", "run", "state", "attempt", "phase", "step", "at", "s/step", "left", "checkpoint", "lost nodes")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -55,4 +55,4 @@ def _cells(found: JobProgress) -> tuple[str, ...]:
     left = "" if found.left_s is None else f"{int(found.left_s // 3600)}:{int(found.left_s % 3600 // 60):02d} h"
     step = f"{found.step}/{found.steps}" if found.steps else ""
     attempt = str(found.attempt) if found.attempt >= 0 else ""
-    return found.state, attempt, found.phase, step, found.doing, pace, left, found.checkpoint
+    return found.state, attempt, found.phase, step, found.doing, pace, left, found.checkpoint, found.lost_nodes

@@ -1,8 +1,8 @@
 """The folder of a SLURM job: what its parts leave there for each other and for people.
 
 JOBS/<job>/job.json            recipe, overrides, run folder, number of nodes
-           attempt-<restart>/  one for each time the job was started
-               batch.log phase ports doctor-<host>.json ray-<host>.log driver.log
+           attempt-<number>/   one for each time the run was started, by SLURM or on spare nodes
+               batch.log phase nodes lost ports doctor-<host>.json ray-<host>.log driver.log
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from clipo_megatron.doctor.finding import host_name
 from clipo_megatron.errors import ConfigError
 
-PORTS_FILE, PHASE_FILE, JOB_FILE = "ports", "phase", "job.json"
+PORTS_FILE, PHASE_FILE, JOB_FILE, LOST_FILE = "ports", "phase", "job.json", "lost"
 JOBS_VARIABLE = "CLIPO_JOBS_DIR"
 ATTEMPT_VARIABLE, NODES_VARIABLE = "CLIPO_ATTEMPT", "CLIPO_NODES"
 """Set by the batch script: the folder of the attempt at hand, and the number of nodes that it has."""

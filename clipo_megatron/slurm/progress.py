@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from clipo_megatron.slurm.job_folder import PHASE_FILE, Job, attempts
+from clipo_megatron.slurm.job_folder import LOST_FILE, PHASE_FILE, Job, attempts
 
 _RECENT = 10
 _SCONTROL_S = 20
@@ -36,6 +36,8 @@ class JobProgress:
     """Median of the last steps; None before the first."""
     checkpoint: str
     """Name of the newest; empty: none."""
+    lost_nodes: str
+    """Of the job's nodes, before the attempt began: "n2,n5"; empty: none."""
 
     @property
     def left_s(self) -> float | None:
@@ -65,6 +67,7 @@ def job_progress(folder: Path, job: Job) -> JobProgress:
         doing=f"{at[1]} in step {at[0]}" if len(at) == 2 else "",
         step_s=statistics.median(seconds) if seconds else None,
         checkpoint=checkpoints[-1] if checkpoints else "",
+        lost_nodes=_text(found[-1] / LOST_FILE).strip() if found else "",
     )
 
 

@@ -60,6 +60,11 @@ def needs_of(recipe: Recipe, *, nodes: int | None, gpus_per_node: int, time: str
             f"--nodes = {nodes}: {needs} = {workers} GPUs need {least} nodes of "
             f"{gpus_per_node}; ask for {least}, or take fewer workers"
         )
+    if spare_nodes > 0 and (least if nodes is None else nodes) == 1:
+        problems.append(
+            f"--spare-nodes = {spare_nodes}: the run needs 1 node, which also runs the batch script: SLURM requeues a job that "
+            "loses it; leave --spare-nodes out"
+        )
     if problems:
         raise ConfigError(problems)
     return Needs(

@@ -29,7 +29,7 @@ _EXCEPTION = re.compile(
 )
 _RAY_PREFIX = re.compile(r"^(?:\x1b\[\d+m)*\((?:\w+ )?pid=\d+[^)]*\)(?:\x1b\[\d+m)* ?")
 _WORKER = re.compile(r"\b(?:policy|engine)_\d+\b")
-_BATCH_ENDS = re.compile(r"^\S+ (?:done|requeue) ")
+_BATCH_ENDS = re.compile(r"^\S+ (?:done|requeue|retry) ")
 _PROGRESS = re.compile(r"\bstep \d+(?:/\d+)?\b.*\b(?:accuracy|reward|s) ")
 _NODE_NAMED = re.compile(
     r"(?:Node failure on |slurmstepd: error: .* ON |srun: error: (?=\S+: task))(?P<host>[A-Za-z][\w.-]*)"
@@ -39,6 +39,8 @@ _OF_ANOTHER = re.compile(
 )
 _NEWS = re.compile(r"A worker died or was killed while executing")
 """Of Ray, on the driver's screen: of a worker that has told its own cause, or that the run killed itself because it hung."""
+_LOST = "the node was lost: "
+"""Of the batch script, after all others have told of it what they saw."""
 _OTHER = "read the log from there"
 
 
@@ -92,7 +94,8 @@ def explain(job: Path, attempt: Path, *, output: Path | None = None) -> Explanat
     ended = _that_ended_it(errors, progress=_last_step(job, logs), stopped=_stopped(logs))
     ended = [error for error in ended if not _NEWS.search(error.cause)] or ended
     ended = _once(sorted(ended, key=lambda error: (error.moment, error.is_follower)))
-    first = next((error for error in ended if not error.is_follower), ended[0] if ended else None)
+    causes = [error for error in ended if error.cause.startswith(_LOST)] or [e for e in ended if not e.is_follower]
+    first = next(iter([*causes, *ended]), None)
     return Explanation(
         attempt=attempt,
         phase=phase,

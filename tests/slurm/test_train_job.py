@@ -182,7 +182,8 @@ def test_a_job_with_a_spare_node_goes_on_without_the_one_it_lost(lab, submit_run
         lab.start_node("n2")
         lab.wait_until_idle("n2")
     assert lab.job(job)["Restarts"] == "0"
-    assert sorted(path.name for path in folder.glob("attempt-*")) == ["attempt-0", "attempt-1"]
+    phases = [path.read_text() for path in sorted(folder.glob("attempt-*/phase"))]
+    assert phases == ["retry\n", "done\n"], told(job, folder)
     assert sorted(path.name for path in (folder / "attempt-1").glob("ray-*.log")) == ["ray-n1.log", "ray-n3.log"]
     _assert_same_run(tmp_path / "spare", uninterrupted)
     why = (sys.executable, "-m", "clipo_megatron.cli", "why", job, "--attempt", "0")
@@ -190,6 +191,9 @@ def test_a_job_with_a_spare_node_goes_on_without_the_one_it_lost(lab, submit_run
     assert re.match(r"node: +n2, in phase driver,", told_first[0]), told_first
     assert "the node was lost: it does not answer" in told_first[1]
     assert "attempt 1 goes on" in told_first[2]
+    show = (sys.executable, "-m", "clipo_megatron.cli", "status", job, "--json")
+    status = json.loads(lab.run(*show, CLIPO_JOBS_DIR=str(folder.parent), PYTHONPATH=str(ROOT)))
+    assert (status["attempt"], status["lost_nodes"]) == (1, "n2")
 
 
 def test_the_script_as_shipped_is_accepted_by_a_cluster_of_eight_h100_a_node(lab, tmp_path):

@@ -56,6 +56,8 @@ def test_spare_nodes_are_asked_for_beside_and_outlive_a_lost_one(capsys):
     assert "export CLIPO_SPARE_NODES" not in plain
     assert main(["launch", recipe, "--spare-nodes=-1", "--render"]) == 2
     assert "--spare-nodes = -1: must be >= 0" in capsys.readouterr().err
+    assert main(["launch", str(EXAMPLES / "gsm8k_qwen2p5_3b" / "recipe.yaml"), "--spare-nodes=1", "--render"]) == 2
+    assert "--spare-nodes = 1: the run needs 1 node" in capsys.readouterr().err
 
 
 def test_too_few_nodes_and_a_time_that_is_none_are_refused_together(capsys):
