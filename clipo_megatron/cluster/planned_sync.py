@@ -42,11 +42,11 @@ class SyncSettings:
     dtype: str
     trainer: ParallelLayout
     engines: EngineLayout
-    fp8: Fp8
-    """What engines hold in FP8."""
     device: Literal["cpu", "cuda"]
     gpus: Placement
     """Where the ranks of trainer and engines run: the nearest ones give."""
+    fp8: Fp8 = "none"
+    """What engines hold in FP8."""
 
     @property
     def is_on_one_node(self) -> bool:

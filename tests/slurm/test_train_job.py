@@ -149,7 +149,7 @@ def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_
     assert saved == [f"step_{len(steps):08d}"]
 
 
-@pytest.mark.parametrize(("phase", "node"), [("generate", "n2"), ("train", "n1"), ("sync", "n2")])
+@pytest.mark.parametrize(("phase", "node"), [("generate", "n2"), ("train", "n1")])
 def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(lab, submit_run, tmp_path, uninterrupted, phase, node):
     # With the doctor, which the run over two nodes has, each start would take ten seconds more.
     job, folder = submit_run("lost", STEPS, "checkpoint.every=1", "checkpoint.asynchronous=false", CLIPO_DOCTOR="off")
@@ -169,11 +169,13 @@ def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(lab, submit_run, t
     assert "attempt 1 goes on" in told_first[2]
 
 
-def test_a_job_with_a_spare_node_goes_on_without_the_one_it_lost(lab, submit_run, tmp_path, uninterrupted):
+def test_a_job_that_loses_a_node_in_a_sync_goes_on_with_a_spare_one_and_is_the_same_run(
+    lab, submit_run, tmp_path, uninterrupted
+):
     overrides = (STEPS, "checkpoint.every=1", "checkpoint.asynchronous=false")
     options = ("--nodes=3", "--no-kill")
     job, folder = submit_run("spare", *overrides, options=options, CLIPO_SPARE_NODES="1", CLIPO_DOCTOR="off")
-    _wait_for_phase(tmp_path / "spare", 2, "train")
+    _wait_for_phase(tmp_path / "spare", 2, "sync")
     lab.kill_node("n2")
     try:
         lab.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
