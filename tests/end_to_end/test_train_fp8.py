@@ -31,4 +31,4 @@ def test_the_gate_names_fp8_among_the_suspects(tmp_path, write_recipe):
     _, error = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "step-0 gate" in error
-    assert "precision.recipe (FP8) alone" in " ".join(error.split())
+    assert "FP8 alone (precision.recipe, rollout.quantization)" in " ".join(error.split())
