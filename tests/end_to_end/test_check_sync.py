@@ -44,8 +44,7 @@ def _check(*arguments: object) -> tuple[int, str, str]:
     [
         ("stream", ()),
         ("gloo", ("rollout.tp=2",)),
-        ("shm", ("rollout.colocate=true",)),
-        ("shm", ("rollout.quantization=fp8_per_tensor", "model.dtype=bfloat16")),
+        ("shm", ("rollout.colocate=true", "rollout.quantization=fp8_per_tensor", "model.dtype=bfloat16")),
     ],
 )
 def test_synced_engines_agree_with_the_policy_and_stale_ones_do_not(write_recipe, transport, overrides) -> None:
