@@ -20,6 +20,7 @@ def handlers_of_the_tests_process():
 
 
 def test_being_told_twice_by_usr1_is_being_told_once_also_after_the_run():
+    before = signal.getsignal(signal.SIGTERM)
     with stop_signals(None) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -27,7 +28,7 @@ def test_being_told_twice_by_usr1_is_being_told_once_also_after_the_run():
     os.kill(os.getpid(), signal.SIGUSR1)  # would end the process
     with stop_signals(None):
         pass
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_gives_up_what_can_be_given_up_and_nothing_else():
