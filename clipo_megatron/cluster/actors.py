@@ -189,11 +189,13 @@ class PolicyActor(LoggedWorker):
         self._worker.sharing.confirm(version)
 
     @reports_failure
-    def open_stream(self, version: int, first_index: int) -> None:
-        """Make ready to hand out this stage's weights as buckets, numbered from `first_index`."""
+    def open_stream(self, version: int, first_index: int, message_s: float | None) -> None:
+        """Make ready to hand out this stage's weights as buckets, numbered from `first_index`; see `hf_tensors`."""
         from clipo_megatron.sync.bucket import pack_buckets
 
-        buckets = pack_buckets(self._worker.hf_tensors(), version=version, bucket_bytes=self._bucket_bytes)
+        buckets = pack_buckets(
+            self._worker.hf_tensors(timeout_s=message_s), version=version, bucket_bytes=self._bucket_bytes
+        )
         self._stream = (replace(bucket, index=first_index + number) for number, bucket in enumerate(buckets))
 
     @reports_failure
@@ -203,9 +205,9 @@ class PolicyActor(LoggedWorker):
         return next(self._stream, None)
 
     @reports_failure
-    def drain_stream(self) -> None:
-        """Take part in the stream's collectives and keep nothing."""
-        for _ in self._worker.hf_tensors():
+    def drain_stream(self, message_s: float | None) -> None:
+        """Take part in the stream's collectives and keep nothing; see `PolicyWorker.hf_tensors`."""
+        for _ in self._worker.hf_tensors(timeout_s=message_s):
             pass
 
 
@@ -268,20 +270,19 @@ class EngineActor(LoggedWorker):
         self._engine.sleep()
 
     @reports_failure
-    def begin_update(self, version: int) -> None:
+    def begin_update(self, version: int, timeout_s: float) -> None:
         """See `RolloutEngine.begin_update`."""
-        self._engine.begin_update(version)
+        self._engine.begin_update(version, timeout_s=timeout_s)
 
     @reports_failure
-    def load_bucket(self, bucket: WeightBucket) -> int:
-        """Load one bucket; returns the number of its tensors."""
-        self._engine.load_bucket(bucket)
-        return len(bucket.specs)
+    def load_bucket(self, bucket: WeightBucket, timeout_s: float) -> None:
+        """See `RolloutEngine.load_bucket`."""
+        self._engine.load_bucket(bucket, timeout_s=timeout_s)
 
     @reports_failure
-    def commit_update(self, version: int, num_tensors: int) -> None:
+    def commit_update(self, version: int, num_tensors: int, timeout_s: float) -> None:
         """See `RolloutEngine.commit_update`."""
-        self._engine.commit_update(version, num_tensors)
+        self._engine.commit_update(version, num_tensors, timeout_s=timeout_s)
 
     @reports_failure
     def planned_sync_problem(self, is_asked_for: bool) -> str:

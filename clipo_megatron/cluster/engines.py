@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
 from clipo_megatron.cluster.engine_actors import EngineActors
-from clipo_megatron.cluster.gather import WorkersDied, gather, gather_from_living, gather_in_time
+from clipo_megatron.cluster.gather import WorkersDied, gather, gather_from_living, gather_in_time, together
 from clipo_megatron.cluster.memory_use import MemoryUse
 from clipo_megatron.cluster.planned_sync import PlannedSync, SyncSettings, open_planned_sync
 from clipo_megatron.cluster.policy import PolicyWeights
 from clipo_megatron.cluster.stack_dumps import kill_late, telling_stacks
+from clipo_megatron.cluster.streamed_sync import StreamedSync
 from clipo_megatron.records import Prompt, RolloutGroup, Sampling, SyncReport
 from clipo_megatron.rollout.settings import EngineSettings
 
@@ -110,7 +110,7 @@ class RayEngines:
             }
             found, died, late = gather_in_time(refs, phase="generate", timeout_s=self._timeout_s)
             if late is not None:  # from here on they are as dead as others
-                died = _together(died, WorkersDied(kill_late(late), late.workers))
+                died = together(died, WorkersDied(kill_late(late), late.workers))
             self._engines.note_answers(list(found))
             for name, groups in found.items():
                 results |= dict(zip(shares[name], groups, strict=True))
@@ -121,8 +121,8 @@ class RayEngines:
         return [results[row] for row in range(len(prompts))]
 
     @telling_stacks()
-    def update_weights(self, version: int, buckets: Iterable[object]) -> SyncReport:
-        """See `controller.Engines`; `buckets` is what `RayPolicy.weight_buckets` gives. The first call settles the transport.
+    def update_weights(self, version: int, weights: object) -> SyncReport:
+        """See `controller.Engines`; `weights` is what `RayPolicy.weight_buckets` gives. The first call settles the transport.
 
         An engine that fails stays without a version and refuses to generate; one that dies is started again, and the update
         is repeated for those that do not hold it yet.
@@ -131,7 +131,7 @@ class RayEngines:
             WorkerError: a worker failed or is late, or died and may not be started again: who, in which phase, and why.
             ConfigError: planned copies were asked for, and can't be used.
         """
-        return self._update(version, cast("PolicyWeights", buckets))
+        return self._update(version, cast("PolicyWeights", weights))
 
     def _update(self, version: int, weights: PolicyWeights) -> SyncReport:
         if self.turns is not None:
@@ -170,45 +170,10 @@ class RayEngines:
             self._planned.admit(self._newcomers, weights)
             self._newcomers.clear()
             return self._planned.update(version, weights, only=only)
-        return self._stream(version, weights, only)
-
-    def _stream(self, version: int, buckets: PolicyWeights, only: Collection[str] | None) -> SyncReport:
-        """Buckets are drawn to their end whoever dies: the trainer's ranks make them together."""
-        names = list(self._actors if only is None else only)
-        living, death = self._of_living(names, "sync begin", lambda actor: actor.begin_update.remote(version), None)
-        num_tensors, num_bytes = 0, 0
-        for ref, tensors, size in buckets:
-            load = partial(_load, ref)
-            living, death = self._of_living(living, "sync transfer", load, death)
-            num_tensors, num_bytes = num_tensors + tensors, num_bytes + size
-        living, death = self._of_living(
-            living, "sync commit", lambda actor: actor.commit_update.remote(version, num_tensors), death
-        )
-        if death is not None:
-            raise death
-        return SyncReport(transport="stream", num_bytes=num_bytes * len(names), floor_seconds=None)
-
-    def _of_living(
-        self, names: Collection[str], phase: str, call: Callable[[Any], ray.ObjectRef], death: WorkersDied | None
-    ) -> tuple[list[str], WorkersDied | None]:
-        """Call engines; those that live, and the deaths so far as one."""
-        refs = {name: call(self._actors[name]) for name in names}
-        found, died = gather_from_living(refs, phase=phase, timeout_s=self._sync.timeout_s)
-        return list(found), died if death is None else _together(death, died)
+        return StreamedSync(self._actors, self._sync.deadline).update(version, weights, only=only)
 
     def _all(
         self, only: Collection[str] | None, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]
     ) -> dict[str, Any]:
         names = self._actors if only is None else only
         return gather({name: call(self._actors[name]) for name in names}, phase=phase, timeout_s=timeout_s)
-
-
-def _together(first: WorkersDied | None, then: WorkersDied | None) -> WorkersDied | None:
-    """Both deaths as one, told as the first."""
-    if first is None or then is None:
-        return first or then
-    return WorkersDied(str(first), [*first.workers, *then.workers])
-
-
-def _load(bucket: ray.ObjectRef, actor: Any) -> ray.ObjectRef:  # noqa: ANN401 (Ray's handle has no type)
-    return actor.load_bucket.remote(bucket)

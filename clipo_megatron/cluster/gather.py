@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +36,21 @@ class WorkersLate(WorkerError):
         self.workers = tuple(workers)
 
 
+def together(first: WorkersDied | None, then: WorkersDied | None) -> WorkersDied | None:
+    """Both deaths as one, told as the first."""
+    if first is None or then is None:
+        return first or then
+    return WorkersDied(str(first), [*first.workers, *then.workers])
+
+
 def gather(
-    refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float, blames_late: bool = False
+    refs: Mapping[str, ray.ObjectRef],
+    *,
+    phase: str,
+    timeout_s: float,
+    since: float | None = None,
+    margin_s: float = 0.0,
+    blames_late_after_s: float | None = None,
 ) -> dict[str, Any]:
     """Wait for one result of each worker.
 
@@ -43,7 +58,10 @@ def gather(
         refs: pending result of each worker, by worker name.
         phase: what they do, for messages.
         timeout_s: deadline of all together.
-        blames_late: the workers wait for one another: if some fail, those that say nothing are the cause.
+        since: when the phase began, as `time.monotonic`; None: it begins here.
+        margin_s: waited longer than the deadline, for workers that have it themselves and name who is late.
+        blames_late_after_s: the workers wait for one another for so long after `since`: if some fail later than that, those
+            that say nothing are the cause.
 
     Returns:
         The results, by worker name.
@@ -53,19 +71,52 @@ def gather(
         WorkersLate: some have not answered by the deadline.
         WorkerError: a worker failed (the first cause is told).
     """
-    found = _wait(refs, timeout_s, outlasts_deaths=False)
-    cause = _first_cause(found.failures, phase) if found.failures else None
-    if found.late and blames_late and not isinstance(cause, WorkersDied):
-        raise _late(found.late, phase, timeout_s)
-    if cause is not None:
-        raise cause
-    if found.late:
-        raise _late(found.late, phase, timeout_s)
+    began = time.monotonic() if since is None else since
+    found = _wait(refs, began + timeout_s + margin_s, wanted=refs.keys(), outlasts_deaths=False)
+    _raise_cause(found, phase, began, timeout_s, blames_late_after_s)
     return {name: found.results[name] for name in refs}
 
 
+def gather_from(
+    sender: str,
+    refs: Mapping[str, ray.ObjectRef],
+    *,
+    phase: str,
+    timeout_s: float,
+    since: float | None = None,
+    margin_s: float = 0.0,
+) -> Any:  # noqa: ANN401 (whatever the worker returns)
+    """Wait for one worker's result, which others have a part in: their failures and deaths count as well.
+
+    They wait for one another no longer than the deadline, so of those that are late only they that say nothing are blamed.
+
+    Args:
+        sender: whose result is returned.
+        refs: pending result of each worker, by worker name; those of the others may be pending afterwards.
+        phase: as for `gather`, and so are the others.
+        timeout_s: see there.
+        since: see there.
+        margin_s: see there.
+
+    Raises:
+        WorkersDied: as `gather`, and so are the others.
+        WorkersLate: see there.
+        WorkerError: see there.
+    """
+    began = time.monotonic() if since is None else since
+    found = _wait(refs, began + timeout_s + margin_s, wanted={sender}, outlasts_deaths=False)
+    if found.failures or sender not in found.results:
+        _raise_cause(found, phase, began, timeout_s, timeout_s)
+    return found.results[sender]
+
+
 def gather_from_living(
-    refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float
+    refs: Mapping[str, ray.ObjectRef],
+    *,
+    phase: str,
+    timeout_s: float,
+    since: float | None = None,
+    margin_s: float = 0.0,
 ) -> tuple[dict[str, Any], WorkersDied | None]:
     """As `gather`, but a death is no reason to give up what the others do.
 
@@ -76,14 +127,19 @@ def gather_from_living(
         WorkersLate: some that live have not answered by the deadline.
         WorkerError: one that lives failed.
     """
-    results, died, late = gather_in_time(refs, phase=phase, timeout_s=timeout_s)
+    results, died, late = gather_in_time(refs, phase=phase, timeout_s=timeout_s, since=since, margin_s=margin_s)
     if late is not None:
         raise late
     return results, died
 
 
 def gather_in_time(
-    refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float
+    refs: Mapping[str, ray.ObjectRef],
+    *,
+    phase: str,
+    timeout_s: float,
+    since: float | None = None,
+    margin_s: float = 0.0,
 ) -> tuple[dict[str, Any], WorkersDied | None, WorkersLate | None]:
     """As `gather`, but neither a death nor a late worker is a reason to give up what the others did.
 
@@ -93,7 +149,8 @@ def gather_in_time(
     Raises:
         WorkerError: a worker failed.
     """
-    found = _wait(refs, timeout_s, outlasts_deaths=True)
+    began = time.monotonic() if since is None else since
+    found = _wait(refs, began + timeout_s + margin_s, wanted=refs.keys(), outlasts_deaths=True)
     cause = _first_cause(found.failures, phase) if found.failures else None
     if cause is not None and not isinstance(cause, WorkersDied):
         raise cause
@@ -107,23 +164,42 @@ class _Found:
 
     results: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, Exception] = field(default_factory=dict)
+    failed_at: float = math.inf
+    """When the first failure was seen, as `time.monotonic`."""
     late: list[str] = field(default_factory=list)
 
 
-def _wait(refs: Mapping[str, ray.ObjectRef], timeout_s: float, *, outlasts_deaths: bool) -> _Found:
+def _wait(
+    refs: Mapping[str, ray.ObjectRef], deadline: float, *, wanted: AbstractSet[str], outlasts_deaths: bool
+) -> _Found:
+    """Until the wanted ones are there; after a failure, until all are."""
     names, pending, found = {ref: name for name, ref in refs.items()}, list(refs.values()), _Found()
-    deadline = time.monotonic() + timeout_s
-    while pending and time.monotonic() < deadline:
-        done, pending = ray.wait(pending, num_returns=1, timeout=1.0)  # short, so that signals are seen
+    while pending and (found.failures or not wanted <= found.results.keys()):
+        left_s = deadline - time.monotonic()
+        done, pending = ray.wait(pending, num_returns=1, timeout=min(max(left_s, 0.0), 1.0))  # short: signals are seen
+        if not done and left_s <= 0:
+            break
         for ref in done:
             try:
                 found.results[names[ref]] = ray.get(ref)
             except (RayError, WorkerError) as error:
                 found.failures[names[ref]] = error
+                found.failed_at = min(found.failed_at, time.monotonic())
                 if not (outlasts_deaths and isinstance(error, RayActorError)):
                     deadline = min(deadline, time.monotonic() + GRACE_S)
     found.late = sorted(names[ref] for ref in pending)
     return found
+
+
+def _raise_cause(found: _Found, phase: str, began: float, timeout_s: float, blames_late_after_s: float | None) -> None:
+    cause = _first_cause(found.failures, phase) if found.failures else None
+    is_due_to_late = blames_late_after_s is not None and found.failed_at >= began + blames_late_after_s
+    if found.late and is_due_to_late and not isinstance(cause, WorkersDied):
+        raise _late(found.late, phase, min(timeout_s, time.monotonic() - began))
+    if cause is not None:
+        raise cause
+    if found.late:
+        raise _late(found.late, phase, timeout_s)
 
 
 def _late(names: Sequence[str], phase: str, timeout_s: float) -> WorkersLate:

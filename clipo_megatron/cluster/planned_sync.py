@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import ray
 
 from clipo_megatron.cluster.gather import WorkersDied
 from clipo_megatron.cluster.policy import PolicyWeights
-from clipo_megatron.cluster.sync_ways import Actors, Deadline, Links, SharedMemory, Way
+from clipo_megatron.cluster.sync_ways import Actors, Deadline, Links, SharedMemory, Way, aborting
 from clipo_megatron.errors import ConfigError, WorkerError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.records import SyncReport
@@ -109,7 +108,7 @@ class PlannedSync:
     def begin(self, version: int, weights: PolicyWeights, *, only: Collection[str] | None = None) -> None:
         """All trainer ranks offer `version`; then no engine serves anything."""
         timeout_s = self._settings.timeout_s
-        with self._aborting():
+        with aborting(self._actors):
             weights.offer(timeout_s=timeout_s)
             self._all("sync begin", only, lambda actor: actor.begin_pull.remote(version, timeout_s))
 
@@ -118,7 +117,7 @@ class PlannedSync:
     ) -> None:
         """All engines get their slices; then all trainer ranks must still offer the same weights."""
         timeout_s = self._settings.timeout_s
-        with self._aborting():
+        with aborting(self._actors):
             names = self._actors if only is None else only
             self._way.transfer(self._actors, version, weights, verify=verify, only=names)
             weights.confirm(timeout_s=timeout_s)
@@ -126,17 +125,8 @@ class PlannedSync:
     def commit(self, version: int, *, only: Collection[str] | None = None) -> None:
         """All engines serve `version` from here on."""
         timeout_s = self._settings.timeout_s
-        with self._aborting():
+        with aborting(self._actors):
             self._all("sync commit", only, lambda actor: actor.commit_pull.remote(version, timeout_s))
-
-    @contextmanager
-    def _aborting(self) -> Generator[None]:
-        try:
-            yield
-        except WorkerError:
-            for actor in self._actors.values():  # nobody waits: the dead never answer, the late will hear of it
-                actor.abort_update.remote()
-            raise
 
     def _all(self, phase: str, only: Collection[str] | None, call: Callable[[Any], ray.ObjectRef]) -> None:
         refs = {name: call(actor) for name, actor in self._actors.items() if only is None or name in only}

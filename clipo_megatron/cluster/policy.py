@@ -12,7 +12,7 @@ import ray
 from clipo_megatron.checkpoint.dist_index import WrittenFile
 from clipo_megatron.checkpoint.export import export_hf
 from clipo_megatron.cluster.actors import PolicyActor
-from clipo_megatron.cluster.gather import gather
+from clipo_megatron.cluster.gather import gather, gather_from
 from clipo_megatron.cluster.memory_use import MemoryUse
 from clipo_megatron.cluster.stack_dumps import telling_stacks
 from clipo_megatron.policy.settings import PolicySettings
@@ -21,6 +21,9 @@ from clipo_megatron.sync.meeting import Meeting
 
 if TYPE_CHECKING:
     from clipo_megatron.cluster.turns import DeviceTurns
+
+_MARGIN_S = 10.0
+"""Ranks that make a bucket together have the deadline themselves, on CPUs; the driver waits this much longer for their errors."""
 
 
 class RayPolicy:
@@ -62,6 +65,10 @@ class RayPolicy:
     @property
     def _ranks(self) -> range:
         return range(len(self._actors))
+
+    @property
+    def _by_name(self) -> dict[str, Any]:
+        return {f"policy_{rank}": actor for rank, actor in enumerate(self._actors)}
 
     def start(self) -> None:
         """Rendezvous, then build the model on every rank."""
@@ -118,7 +125,8 @@ class RayPolicy:
 
     def export_hf(self, folder: Path) -> None:
         """See `controller.Policy`. Streams bucket by bucket; the folder appears when it is complete."""
-        buckets: Iterator[WeightBucket] = (ray.get(ref) for ref, *_ in self.stream_weights(0))
+        stream = self.stream_weights(0, phase="export", timeout_s=self._timeout_s, since=None)
+        buckets: Iterator[WeightBucket] = (ray.get(ref) for ref, *_ in stream)
         with telling_stacks():
             export_hf(buckets, source=self._settings.model_path, folder=folder)
 
@@ -152,30 +160,37 @@ class RayPolicy:
             self._ranks, "sync transfer", lambda actor: actor.confirm_weights.remote(version), timeout_s=timeout_s
         )
 
-    def stream_weights(self, version: int) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+    def stream_weights(
+        self, version: int, *, phase: str, timeout_s: float, since: float | None
+    ) -> Iterator[tuple[ray.ObjectRef, int, int]]:
         """Buckets of all pipeline stages, first stage first: a reference to each, its number of tensors and its bytes.
 
-        The next bucket is made while the caller is busy with the one before.
+        The next bucket is made while the caller is busy with the one before. All ranks of a stage take part in making it.
+
+        Args:
+            version: of the weights.
+            phase: for messages.
+            timeout_s: deadline.
+            since: when the phase began, as `time.monotonic`, whose end is the deadline of all buckets; None: each bucket has
+                a deadline of its own, and the time between two of them is the caller's.
         """
-        layout = self._settings.layout
-        number = 0
+        layout, number = self._settings.layout, 0
+        limits: Any = {"phase": phase, "timeout_s": timeout_s, "since": since}
+        message_s = None if since is None else timeout_s
         for stage in range(layout.pp):
-            ranks = layout.ranks_of_weights(stage)
-            first = number
-            self._call(ranks[:1], "sync begin", lambda actor: actor.open_stream.remote(version, first))  # noqa: B023
-            others = {f"policy_{rank}": self._actors[rank].drain_stream.remote() for rank in ranks[1:]}
-            sender = self._actors[ranks[0]]
-            pending = sender.next_bucket.remote()
+            sender, *others = (f"policy_{rank}" for rank in layout.ranks_of_weights(stage))
+            actor = self._by_name[sender]
+            gather({sender: actor.open_stream.remote(version, number, message_s)}, **limits)
+            drained = {name: self._by_name[name].drain_stream.remote(message_s) for name in others}
+            pending = actor.next_bucket.remote()
             while True:
-                bucket = gather({f"policy_{ranks[0]}": pending}, phase="sync transfer", timeout_s=self._timeout_s)[
-                    f"policy_{ranks[0]}"
-                ]
+                bucket = gather_from(sender, {sender: pending, **drained}, **limits, margin_s=_MARGIN_S)
                 if bucket is None:
                     break
-                ready, pending = pending, sender.next_bucket.remote()
+                ready, pending = pending, actor.next_bucket.remote()
                 yield ready, len(bucket.specs), len(bucket.payload)
                 number += 1
-            gather(others, phase="sync transfer", timeout_s=self._timeout_s)
+            gather(drained, **limits, margin_s=_MARGIN_S, blames_late_after_s=timeout_s)
 
     def _all(self, phase: str, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
         """A phase of the run: one that hangs is over."""
@@ -211,9 +226,9 @@ class PolicyWeights:
         self._policy = policy
         self._version = version
 
-    def __iter__(self) -> Iterator[tuple[ray.ObjectRef, int, int]]:
-        """The buckets, see `RayPolicy.stream_weights`."""
-        return self._policy.stream_weights(self._version)
+    def stream(self, *, timeout_s: float, since: float) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+        """The buckets of a transfer that began at `since`, see `RayPolicy.stream_weights`."""
+        return self._policy.stream_weights(self._version, phase="sync transfer", timeout_s=timeout_s, since=since)
 
     def share(self, *, timeout_s: float) -> list[str]:
         """See `RayPolicy.share_weights`."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import ray
 
-from clipo_megatron.cluster.gather import gather
+from clipo_megatron.cluster.gather import WorkersDied, gather, gather_from_living
 from clipo_megatron.cluster.policy import PolicyWeights
+from clipo_megatron.errors import WorkerError
 from clipo_megatron.sync.meeting import Meeting
 
 Actors = Mapping[str, Any]
@@ -18,6 +21,7 @@ Costs = dict[str, tuple[int, float]]
 """Of each engine: bytes of a sync, and the seconds that copying them takes at least."""
 ENGINE_MARGIN_S = 10.0
 """An engine of several workers has the deadline itself and names the worker; the driver waits this much longer for it."""
+_LEAST_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +33,38 @@ class Deadline:
 
     def of_engines(self, phase: str, refs: Mapping[str, ray.ObjectRef]) -> dict[str, Any]:
         """Wait for engines alone."""
-        return gather(refs, phase=phase, timeout_s=self.timeout_s + (ENGINE_MARGIN_S if self.engine_tp > 1 else 0.0))
+        return gather(refs, phase=phase, timeout_s=self.timeout_s, margin_s=self._margin_s)
 
-    def of_all(self, phase: str, refs: Mapping[str, ray.ObjectRef]) -> dict[str, Any]:
-        """Wait for workers that exchange messages, which have deadlines themselves: the late are the cause of the rest."""
-        return gather(refs, phase=phase, timeout_s=self.timeout_s + ENGINE_MARGIN_S, blames_late=True)
+    def of_living_engines(
+        self, phase: str, refs: Mapping[str, ray.ObjectRef], *, since: float
+    ) -> tuple[dict[str, Any], WorkersDied | None]:
+        """Wait for engines alone in a phase that began at `since`; see `gather_from_living`."""
+        return gather_from_living(refs, phase=phase, timeout_s=self.timeout_s, since=since, margin_s=self._margin_s)
+
+    def of_all(self, phase: str, refs: Mapping[str, ray.ObjectRef], *, patience_s: float) -> dict[str, Any]:
+        """Wait for workers that wait for one another, each `patience_s` at most: the late are the cause of the rest."""
+        return gather(
+            refs, phase=phase, timeout_s=self.timeout_s, margin_s=ENGINE_MARGIN_S, blames_late_after_s=patience_s
+        )
+
+    def left_s(self, since: float) -> float:
+        """Of a phase that began at `since`, as `time.monotonic`; for the workers of an engine."""
+        return max(self.timeout_s - (time.monotonic() - since), _LEAST_S)
+
+    @property
+    def _margin_s(self) -> float:
+        return ENGINE_MARGIN_S if self.engine_tp > 1 else 0.0
+
+
+@contextmanager
+def aborting(actors: Actors) -> Generator[None]:
+    """Have engines give up the update that an error ends."""
+    try:
+        yield
+    except WorkerError:
+        for actor in actors.values():  # nobody waits: the dead never answer, the late will hear of it
+            actor.abort_update.remote()
+        raise
 
 
 class Way(Protocol):
@@ -128,7 +159,9 @@ class Links:
             timeout_s=self._deadline.timeout_s,
         )
         engines = {name: actor.open_links.remote(self._plan, meeting) for name, actor in actors.items()}
-        found = self._deadline.of_all("sync begin", engines | weights.open_links(self._plan, meeting))
+        found = self._deadline.of_all(
+            "sync begin", engines | weights.open_links(self._plan, meeting), patience_s=meeting.patience_s
+        )
         return {name: found[name] for name in engines}
 
     def admit(self, actors: Actors, newcomers: Collection[str], weights: PolicyWeights) -> None:
@@ -144,4 +177,4 @@ class Links:
         numbers = [int(name.removeprefix("engine_")) for name in only]
         receivers = [number * tp + rank for number in numbers for rank in range(tp)]
         refs = {name: actors[name].pull.remote(version, verify, timeout_s + ENGINE_MARGIN_S) for name in only}
-        self._deadline.of_all("sync transfer", refs | weights.send(verify=verify, only=receivers))
+        self._deadline.of_all("sync transfer", refs | weights.send(verify=verify, only=receivers), patience_s=timeout_s)

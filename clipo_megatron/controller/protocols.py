@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -48,7 +48,7 @@ class Policy(SavesState, Protocol):
         """Write the weights as a Hugging Face folder."""
         ...
 
-    def weight_buckets(self, version: int) -> Iterable[object]:
+    def weight_buckets(self, version: int) -> object:
         """The weights of `version`; only engines look inside: handles of buckets, or a way to the parameters themselves."""
         ...
 
@@ -71,6 +71,6 @@ class Engines(Sampler, Protocol):
         """What happened to the engines since the last call: restarts, and whose turn it was on shared devices."""
         ...
 
-    def update_weights(self, version: int, buckets: Iterable[object]) -> SyncReport:
+    def update_weights(self, version: int, weights: object) -> SyncReport:
         """Bring all weights to every engine and commit them as `version`."""
         ...

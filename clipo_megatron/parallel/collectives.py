@@ -5,7 +5,9 @@ Letters: B rows of the whole batch, b rows of this rank, D width of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import datetime
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -63,6 +65,32 @@ def gather_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     shards = [torch.empty_like(shard) for _ in range(group.size())]
     dist.all_gather(shards, shard, group=group)
     return shards
+
+
+@contextmanager
+def messages_within(timeout_s: float | None, groups: Iterable[dist.ProcessGroup]) -> Generator[None]:
+    """Within the block a collective that waits longer for another rank raises a RuntimeError; its group is of no use then.
+
+    Holds for gloo. NCCL's watchdog would end the process that waits, and it would be taken for the cause: there each group
+    keeps the deadline that it has.
+
+    Args:
+        timeout_s: None: all keep theirs.
+        groups: whose collectives are meant.
+    """
+    backends = [
+        group._get_backend(torch.device("cpu"))
+        for group in groups
+        if timeout_s is not None and group.size() > 1 and dist.get_backend(group) == "gloo"
+    ]
+    before = [backend.options._timeout for backend in backends]
+    for backend in backends:
+        backend._set_default_timeout(datetime.timedelta(seconds=timeout_s or 0.0))
+    try:
+        yield
+    finally:
+        for backend, own in zip(backends, before, strict=True):
+            backend._set_default_timeout(own)
 
 
 def gather_rows(rows_bD: Tensor, row_b: Tensor, *, num_rows: int, group: dist.ProcessGroup) -> Tensor:

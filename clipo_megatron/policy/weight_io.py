@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from clipo_megatron.errors import ConfigError
-from clipo_megatron.parallel.collectives import gather_shards
+from clipo_megatron.parallel.collectives import gather_shards, messages_within
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.policy.groups import Groups
 from clipo_megatron.policy.stage import Stage
@@ -71,27 +71,35 @@ def load_hf_weights(
 
 
 def stage_hf_tensors(
-    stage: Stage, architecture: Architecture, layout: ParallelLayout, groups: Groups, *, rank: int
+    stage: Stage,
+    architecture: Architecture,
+    layout: ParallelLayout,
+    groups: Groups,
+    *,
+    rank: int,
+    timeout_s: float | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Full Hugging Face tensors of this stage, one parameter after the other, the same on all its ranks.
 
     A tied output layer on a later stage is a copy of the first stage's embedding and is left out.
 
     Collectives: one all_gather per split parameter on the tp group; per expert parameter one on the etp and one on the ep
-    group. All their ranks must draw the iterator to its end (`ParallelLayout.ranks_of_weights`).
+    group. All their ranks must draw the iterator to its end (`ParallelLayout.ranks_of_weights`). `timeout_s` as for
+    `messages_within`.
 
     Yields:
         (name, tensor): in the policy's dtype, on its device.
     """
-    for name, parameter in stage.named_parameters():
-        if architecture.tied and name == OUTPUT_LAYER:
-            continue
-        if is_expert(name):
-            yield from _expert_tensors(name, parameter, architecture, layout, groups, rank=rank)
-        else:
-            is_split = split_dim(name, architecture) is not None
-            shards = gather_shards(parameter, groups.tp) if is_split else [parameter.detach()] * layout.tp
-            yield from hf_tensors_of(name, shards, architecture)
+    with messages_within(timeout_s, [groups.tp, groups.etp, groups.ep]):
+        for name, parameter in stage.named_parameters():
+            if architecture.tied and name == OUTPUT_LAYER:
+                continue
+            if is_expert(name):
+                yield from _expert_tensors(name, parameter, architecture, layout, groups, rank=rank)
+            else:
+                is_split = split_dim(name, architecture) is not None
+                shards = gather_shards(parameter, groups.tp) if is_split else [parameter.detach()] * layout.tp
+                yield from hf_tensors_of(name, shards, architecture)
 
 
 def _expert_tensors(

@@ -216,7 +216,7 @@ class PolicyWorker:
             )
         return report
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, *, timeout_s: float | None = None) -> Iterator[tuple[str, Tensor]]:
         """This stage's weights as full Hugging Face tensors, one after the other; tied embeddings from one stage only.
 
         Collectives: those of `stage_hf_tensors`; all of `ParallelLayout.ranks_of_weights` must draw it to its end.
@@ -224,7 +224,9 @@ class PolicyWorker:
         Yields:
             (name, tensor) on the policy's device and in its dtype, the same on all ranks of the stage.
         """
-        return stage_hf_tensors(self._stage, self._architecture, self._layout, self._groups, rank=self._rank)
+        return stage_hf_tensors(
+            self._stage, self._architecture, self._layout, self._groups, rank=self._rank, timeout_s=timeout_s
+        )
 
     @_on_device
     def begin_save(self, folder: Path) -> None:

@@ -121,17 +121,17 @@ class RolloutEngine:
             for row, prompt in enumerate(prompts)
         ]
 
-    def begin_update(self, version: int) -> None:
+    def begin_update(self, version: int, *, timeout_s: float | None = None) -> None:
         """See `WeightUpdates.begin`."""
-        self._updates.begin(version)
+        self._updates.begin(version, timeout_s=timeout_s)
 
-    def load_bucket(self, bucket: WeightBucket) -> None:
+    def load_bucket(self, bucket: WeightBucket, *, timeout_s: float | None = None) -> None:
         """See `WeightUpdates.load_bucket`."""
-        self._updates.load_bucket(bucket)
+        self._updates.load_bucket(bucket, timeout_s=timeout_s)
 
-    def commit_update(self, version: int, num_tensors: int) -> None:
+    def commit_update(self, version: int, num_tensors: int, *, timeout_s: float | None = None) -> None:
         """See `WeightUpdates.commit`."""
-        self._updates.commit(version, num_tensors)
+        self._updates.commit(version, num_tensors, timeout_s=timeout_s)
 
     @property
     def native(self) -> NativeTransfer:

@@ -55,42 +55,54 @@ class WeightUpdates:
         self._workers.require()
         self._state.ready(version)
 
-    def begin(self, version: int) -> None:
+    def begin(self, version: int, *, timeout_s: float | None) -> None:
         """Start receiving the weights of `version`; nothing is generated before they are committed.
 
+        Args:
+            version: newer than the newest one held.
+            timeout_s: deadline of the workers; None: there is none.
+
         Raises:
-            EngineError: an update is under way, or the version is not newer than the newest one held.
+            EngineError: an update is under way, the version is not newer, or a worker is late.
         """
         self._state.begin(version, hf_tensor_specs(read_architecture(self._model_path)))
         self._wake("weights")
-        self._call("clipo_begin_update")
+        self._call("clipo_begin_update", timeout_s=timeout_s)
 
-    def load_bucket(self, bucket: WeightBucket) -> None:
-        """Load the next bucket of the update.
+    def load_bucket(self, bucket: WeightBucket, *, timeout_s: float | None) -> None:
+        """Load the next bucket of the update; `timeout_s` as for `begin`.
 
         Raises:
-            EngineError: wrong version, order, tensor or shape. The engine is stale then.
+            EngineError: wrong version, order, tensor or shape, or a worker is late. The engine is stale then.
             CheckError: the payload changed on the way. The engine is stale then.
         """
         self._state.receive(bucket)
         specs = [astuple(spec) for spec in bucket.specs]
         with published(bucket.payload) as path:
             self._call(
-                "clipo_load_bucket", path, len(bucket.payload), bucket.version, bucket.index, bucket.checksum, specs
+                "clipo_load_bucket",
+                path,
+                len(bucket.payload),
+                bucket.version,
+                bucket.index,
+                bucket.checksum,
+                specs,
+                timeout_s=timeout_s,
             )
 
-    def commit(self, version: int, num_tensors: int) -> None:
+    def commit(self, version: int, num_tensors: int, *, timeout_s: float | None) -> None:
         """Serve `version` from here on.
 
         Args:
             version: what `begin` was given.
             num_tensors: tensors that the sender has sent.
+            timeout_s: as for `begin`.
 
         Raises:
-            EngineError: tensors are missing, or the prefix cache could not be dropped. The engine is stale then.
+            EngineError: tensors are missing, a worker is late, or the prefix cache could not be dropped. The engine is stale then.
         """
         self._state.check_complete(version, num_tensors)
-        self._call("clipo_finish_update")
+        self._call("clipo_finish_update", timeout_s=timeout_s)
         self._wake("kv_cache")
         self.drop_prefix_cache()
         self._state.commit(version, num_tensors)

@@ -32,6 +32,11 @@ class Meeting:
     timeout_s: float
     """Of each message."""
 
+    @property
+    def patience_s(self) -> float:
+        """How long a rank waits for the others to come."""
+        return min(self.timeout_s, _PATIENCE_S)
+
     def join(self, rank: int) -> Group:
         """Connect this process.
 
@@ -41,7 +46,7 @@ class Meeting:
         Raises:
             EngineError: some ranks did not come; they are named.
         """
-        patience = datetime.timedelta(seconds=min(self.timeout_s, _PATIENCE_S))
+        patience = datetime.timedelta(seconds=self.patience_s)
         store = PrefixStore(f"sync {self.number}", TCPStore(self.host, self.port, is_master=False, timeout=patience))
         # The group's own rendezvous would wait as long as for a message, and nobody could meet anew meanwhile.
         store.set(_seat(rank), "taken")

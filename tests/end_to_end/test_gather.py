@@ -6,7 +6,7 @@ import pytest
 import ray
 from support.ray_workers import Worker, local_ray
 
-from clipo_megatron.cluster.gather import gather
+from clipo_megatron.cluster.gather import gather, gather_from
 from clipo_megatron.errors import WorkerError
 
 
@@ -58,3 +58,45 @@ def test_the_late_are_named_after_the_deadline(workers):
     with pytest.raises(WorkerError, match=r"score: not done after 3 s: policy_1;"):
         gather(refs, phase="score", timeout_s=3)
     assert time.monotonic() - start < 10
+
+
+def test_a_failure_in_time_is_the_cause_and_those_that_wait_for_it_are_not_blamed(workers):
+    refs = {
+        "policy_0": workers["policy_0"].fail.remote("no room for a bucket"),
+        "policy_1": workers["policy_1"].echo.remote(1, 20),
+    }
+    with pytest.raises(WorkerError, match=r"^policy_0 failed in fail: ValueError: no room for a bucket$"):
+        gather_from("policy_0", refs, phase="sync transfer", timeout_s=60)
+
+
+def test_of_workers_that_wait_for_one_another_the_one_that_says_nothing_is_blamed(workers):
+    gather({name: worker.echo.remote(1) for name, worker in workers.items()}, phase="warm", timeout_s=30)
+    refs = {
+        "policy_0": workers["policy_0"].fail.remote("timed out waiting for policy_1", 2.0),
+        "policy_1": workers["policy_1"].echo.remote(1, 20),
+    }
+    with pytest.raises(WorkerError, match=r"^sync transfer: not done after 1 s: policy_1;"):
+        gather_from("policy_0", refs, phase="sync transfer", timeout_s=1, margin_s=10)
+
+
+def test_one_result_is_waited_for_and_the_death_of_another_is_seen_meanwhile(workers):
+    others = {"policy_1": workers["policy_1"].echo.remote(1, 20)}
+    first = {"policy_0": workers["policy_0"].echo.remote(7)}
+    assert gather_from("policy_0", first | others, phase="sync transfer", timeout_s=60) == 7
+    then = {
+        "policy_0": workers["policy_0"].echo.remote(8, 20),
+        "engine_0": workers["engine_0"].die.remote(),
+    }
+    with pytest.raises(WorkerError, match=r"^engine_0 died in sync transfer: its process ended"):
+        gather_from("policy_0", then | others, phase="sync transfer", timeout_s=60)
+
+
+def test_a_phase_that_began_before_has_the_rest_of_its_time_only(workers):
+    gather({name: worker.echo.remote(1) for name, worker in workers.items()}, phase="warm", timeout_s=30)
+    done = {"policy_0": workers["policy_0"].echo.remote(3)}
+    ray.wait(list(done.values()), timeout=30)
+    began = time.monotonic() - 600
+    assert gather(done, phase="sync transfer", timeout_s=600, since=began) == {"policy_0": 3}
+    late = {"policy_1": workers["policy_1"].echo.remote(1, 20)}
+    with pytest.raises(WorkerError, match=r"^sync transfer: not done after 600 s: policy_1;"):
+        gather(late, phase="sync transfer", timeout_s=600, since=began)

@@ -1,4 +1,4 @@
-"""Laws of planned syncs over a real Ray cluster when a trainer rank or an engine dies, is late, or is at another version.
+"""Laws of syncs, planned and streamed, over a real Ray cluster when a trainer rank or an engine dies, is late, or is at another version.
 
 Whoever fails is named with the phase; no engine serves a version that it does not hold whole.
 """
@@ -25,6 +25,7 @@ from support.tiny_models import make_tiny_hf
 from clipo_megatron.cluster.engines import RayEngines
 from clipo_megatron.cluster.planned_sync import PlannedSync, SyncSettings, open_planned_sync
 from clipo_megatron.cluster.policy import PolicyWeights, RayPolicy
+from clipo_megatron.cluster.streamed_sync import StreamedSync
 from clipo_megatron.cluster.sync_ways import Deadline
 from clipo_megatron.errors import ConfigError, WorkerError
 from clipo_megatron.parallel.layout import ParallelLayout
@@ -37,7 +38,9 @@ from clipo_megatron.sync.placement import place_apart
 from clipo_megatron.sync.plan import EngineLayout
 
 PHASES = ("begin", "transfer", "commit")
-NUM_ENGINES = 4
+NUM_ENGINES = 5
+TRAINER = ParallelLayout(world_size=4, tp=2, pp=2)
+"""Ranks 0 and 1 make the buckets of the first stage together, ranks 2 and 3 those of the second."""
 TIMEOUT_S = 60.0
 SHORT_S = 3.0
 
@@ -104,7 +107,7 @@ def _policy(folder: Path, logs: Path) -> RayPolicy:
     settings = PolicySettings(
         model_path=folder,
         weights=None,
-        layout=ParallelLayout(world_size=2, pp=2),
+        layout=TRAINER,
         dtype="float32",
         device="cpu",
         sequence_parallel=False,
@@ -124,8 +127,8 @@ def _policy(folder: Path, logs: Path) -> RayPolicy:
     options = {"num_cpus": 1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
     return RayPolicy(
         settings,
-        actor_options=[options] * 2,
-        bucket_bytes=1 << 20,
+        actor_options=[options] * TRAINER.world_size,
+        bucket_bytes=1 << 14,  # many buckets of a stage
         timeout_s=TIMEOUT_S,
         start_timeout_s=2 * TIMEOUT_S,
         log_folder=logs,
@@ -139,11 +142,11 @@ def _sync_settings(folder: Path, timeout_s: float = TIMEOUT_S) -> SyncSettings:
         timeout_s=timeout_s,
         model_path=folder,
         dtype="float32",
-        trainer=ParallelLayout(world_size=2, pp=2),
+        trainer=TRAINER,
         engines=EngineLayout(engines=NUM_ENGINES, tp=1),
         device="cpu",
         bucket_bytes=1 << 20,
-        gpus=place_apart(trainer_ranks=2, engine_ranks=NUM_ENGINES, gpus_per_node=8),
+        gpus=place_apart(trainer_ranks=TRAINER.world_size, engine_ranks=NUM_ENGINES, gpus_per_node=8),
     )
 
 
@@ -151,7 +154,13 @@ def _sync_settings(folder: Path, timeout_s: float = TIMEOUT_S) -> SyncSettings:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = make_tiny_hf(tmp_path_factory.mktemp("model"), "qwen3")
     logs = tmp_path_factory.mktemp("logs")
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    ray.init(
+        address="local",
+        num_cpus=NUM_ENGINES + TRAINER.world_size,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 << 20,
+    )
     try:
         policy = _policy(folder, logs)
         engines = RayEngines(
@@ -197,6 +206,28 @@ def _among(planned: PlannedSync, names: list[str], timeout_s: float = TIMEOUT_S)
         num_bytes=planned._num_bytes,
         floor_s=planned._floor_s,
     )
+
+
+class _Faulty(PolicyWeights):
+    """Weights in buckets, with a fault after the first of them."""
+
+    def __init__(self, cluster: Cluster, version: int, fault: Callable[[], object], *, is_made: bool = False) -> None:
+        super().__init__(cluster.policy, version)
+        self._fault = fault
+        self._is_made = is_made
+
+    def stream(self, *, timeout_s: float, since: float) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+        buckets = super().stream(timeout_s=timeout_s, since=since)
+        if self._is_made:  # all of them before the first is loaded, so that no trainer rank is left waiting for another
+            buckets = iter(list(buckets))
+        yield next(buckets)
+        self._fault()
+        yield from buckets
+
+
+def _streamed(cluster: Cluster, names: list[str], timeout_s: float = TIMEOUT_S) -> StreamedSync:
+    actors = {name: cluster.engines._actors[name] for name in names}
+    return StreamedSync(actors, Deadline(timeout_s=timeout_s, engine_tp=1))
 
 
 def _hurried(way: Any, timeout_s: float) -> Any:
@@ -291,6 +322,22 @@ def test_who_is_late_while_slices_are_sent_is_named_and_after_a_new_meeting_all_
     assert all(cluster.serves(name, cluster.version) for name in actors)
 
 
+def test_an_engine_that_is_late_in_a_streamed_transfer_is_named_and_the_next_update_mends_it(cluster: Cluster) -> None:
+    names, pid = ["engine_0", "engine_1"], _pid(cluster.engines._actors["engine_0"])
+    cluster.version += 1
+    cluster.take(cluster.version)
+    weights = _Faulty(cluster, cluster.version, lambda: os.kill(pid, signal.SIGSTOP), is_made=True)
+    try:
+        with pytest.raises(WorkerError, match=r"^sync transfer: not done after 10 s: engine_0;"):
+            _streamed(cluster, names, 10.0).update(cluster.version, weights)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert not any(cluster.serves(name, cluster.version) for name in names)
+    cluster.version += 1
+    _streamed(cluster, names).update(cluster.version, cluster.take(cluster.version))
+    assert all(cluster.serves(name, cluster.version) for name in names)
+
+
 def test_a_stale_version_of_the_trainer_is_served_by_no_engine(cluster: Cluster) -> None:
     cluster.version += 2
     asked, stale = cluster.version, cluster.version - 1
@@ -306,7 +353,7 @@ def test_a_stale_version_of_the_trainer_is_served_by_no_engine(cluster: Cluster)
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_an_engine_killed_in_a_phase_is_named_and_the_others_serve_whole_versions(cluster: Cluster, phase: str) -> None:
-    number = 3 - PHASES.index(phase)
+    number = 4 - PHASES.index(phase)
     victim, others = f"engine_{number}", [f"engine_{other}" for other in range(number)]
     planned = _among(cluster.planned, [*others, victim])
     pid = _pid(cluster.engines._actors[victim])
@@ -323,16 +370,52 @@ def test_an_engine_killed_in_a_phase_is_named_and_the_others_serve_whole_version
     assert all(cluster.serves(name, cluster.version) for name in others)
 
 
+def test_an_engine_killed_in_a_streamed_transfer_is_named_and_the_others_serve_the_version(cluster: Cluster) -> None:
+    pid = _pid(cluster.engines._actors["engine_1"])
+    cluster.version += 1
+    cluster.take(cluster.version)
+    weights = _Faulty(cluster, cluster.version, lambda: _kill_soon(pid))
+    with pytest.raises(WorkerError, match=r"^engine_1 died in sync transfer: its process ended"):
+        _streamed(cluster, ["engine_0", "engine_1"]).update(cluster.version, weights)
+    assert cluster.serves("engine_0", cluster.version)
+
+
+def test_a_trainer_rank_that_is_late_in_a_streamed_transfer_is_named_though_another_waits_for_it(
+    cluster: Cluster,
+) -> None:
+    pid = _pid(cluster.policy._actors[3])
+    cluster.version += 1
+    cluster.take(cluster.version)
+    weights = _Faulty(cluster, cluster.version, lambda: os.kill(pid, signal.SIGSTOP))
+    try:
+        with pytest.raises(WorkerError, match=r"^sync transfer: not done after 10 s: policy_3;"):
+            _streamed(cluster, ["engine_0"], 10.0).update(cluster.version, weights)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert not cluster.serves("engine_0", cluster.version)
+
+
 def test_a_trainer_killed_in_the_transfer_is_named_and_nothing_is_served(cluster: Cluster) -> None:
     planned = _among(cluster.planned, ["engine_0"])
-    pid = _pid(cluster.policy._actors[1])
+    pid = _pid(cluster.policy._actors[3])
     cluster.version += 1
     step = _until(cluster.phases(cluster.version, planned), "transfer")
     _kill_soon(pid)
-    with pytest.raises(WorkerError, match=r"^policy_1 died in sync transfer: its process ended"):
+    with pytest.raises(WorkerError, match=r"^policy_3 died in sync transfer: its process ended"):
         step()
     assert not cluster.serves("engine_0", cluster.version)
     cluster.version += 1
-    with pytest.raises(WorkerError, match=r"^policy_1 died in sync begin"):
+    with pytest.raises(WorkerError, match=r"^policy_3 died in sync begin"):
         planned.begin(cluster.version, cluster.policy.weight_buckets(cluster.version))
+    assert not cluster.serves("engine_0", cluster.version)
+
+
+def test_a_trainer_rank_killed_in_a_streamed_transfer_is_named_though_another_lost_its_connection(
+    cluster: Cluster,
+) -> None:
+    pid = _pid(cluster.policy._actors[1])
+    cluster.version += 1
+    weights = _Faulty(cluster, cluster.version, lambda: _kill_soon(pid))
+    with pytest.raises(WorkerError, match=r"^policy_1 died in sync transfer: its process ended"):
+        _streamed(cluster, ["engine_0"]).update(cluster.version, weights)
     assert not cluster.serves("engine_0", cluster.version)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
 
-from clipo_megatron.parallel.collectives import gather_rows, gather_shards, reduce_gradients
+from clipo_megatron.parallel.collectives import gather_rows, gather_shards, messages_within, reduce_gradients
 
 NUM_ROWS, WIDTH = 7, 3
 SHARES = {1: [[3, 0, 1, 2, 6, 5, 4]], 2: [[6, 0, 2, 5], [1, 4, 3]], 4: [[5], [6, 0, 2, 1], [], [4, 3]]}
@@ -66,3 +68,25 @@ def _one_sided_gradient() -> torch.Tensor:
 
 def test_a_rank_without_a_gradient_counts_as_zero():
     assert all(gradient.tolist() == [1.0, 1.0] for gradient in run_ranks(_one_sided_gradient, world_size=2))
+
+
+def _wait_in_vain() -> str:
+    """Rank 1 does not come; what rank 0 is told, and how long the group waits afterwards."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=50))
+    with messages_within(30.0, [group]):
+        gather_shards(torch.ones(2), group)
+    told = "nothing"
+    if dist.get_rank() == 0:
+        try:
+            with messages_within(1.0, [group]):
+                gather_shards(torch.ones(2), group)
+        except RuntimeError as error:
+            told = str(error)
+    dist.barrier()
+    return f"{told} {group._get_backend(torch.device('cpu')).options._timeout}"
+
+
+def test_a_collective_waits_for_another_rank_no_longer_than_it_is_told():
+    told = run_ranks(_wait_in_vain, world_size=2)
+    assert "1000ms" in told[0]
+    assert all(text.endswith(" 0:00:50") for text in told), "afterwards the group's own deadline holds again"
