@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import datetime
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from traceback import clear_frames
 from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipo_megatron.errors import CheckError, EngineError
+from clipo_megatron.errors import CheckError, ClipoError, EngineError
 from clipo_megatron.sync.link_buckets import BUFFERS, LinkBucket, buckets_into, buckets_out_of, checksums_with
 from clipo_megatron.sync.plan import Copy, SyncPlan, Transfer
 from clipo_megatron.sync.slices import (
@@ -44,6 +46,10 @@ class Group(Protocol):
 
     def recv(self, tensors: list[Tensor], rank: int, tag: int, /) -> Work:
         """Start receiving."""
+        ...
+
+    def abort(self) -> None:
+        """End what is under way, on a GPU; on a CPU it ends with the last reference to the group."""
         ...
 
 
@@ -115,8 +121,12 @@ class PlannedSends:
             only: engine ranks, counted over all engines, that receive; None: all.
 
         Raises:
-            EngineError: an engine rank did not take its slices in time; the group is of no use any more.
+            EngineError: an engine rank did not take its slices in time; the group is left, so that all others hear of it.
         """
+        with self._links.left_on_error():
+            self._send(version, verify=verify, only=only)
+
+    def _send(self, version: int, *, verify: bool, only: Collection[int] | None) -> None:
         links = self._links
         peers = [peer for peer in links.peers if only is None or peer in only]
         links.wait_all([(peer, links.send(links.number(version), peer)) for peer in peers])
@@ -180,9 +190,14 @@ class PlannedReceives:
             verify: as the senders have it: compare the checksum of each slice.
 
         Raises:
-            EngineError: a trainer rank sends another version, or nothing in time; the group is of no use any more.
-            CheckError: a slice differs from the trainer's.
+            EngineError: a trainer rank sends another version, or nothing in time; the group is left, so that all others hear
+                of it.
+            CheckError: a slice differs from the trainer's; the group is left as well.
         """
+        with self._links.left_on_error():
+            self._receive(version, verify=verify)
+
+    def _receive(self, version: int, *, verify: bool) -> None:
         links = self._links
         heads = {peer: links.number(-1) for peer in links.peers}
         links.wait_all([(peer, links.receive(head, peer)) for peer, head in heads.items()])
@@ -230,17 +245,35 @@ class _Links:
     ) -> None:
         self.buckets = buckets
         self.peers = sorted({bucket.peer for bucket in buckets})
-        self._group, self._device, self._first_rank, self._peer = group, device, first_rank, peer
+        self._device, self._first_rank, self._peer = device, first_rank, peer
+        self._group: Group | None = group
+
+    @contextmanager
+    def left_on_error(self) -> Generator[None]:
+        """Leave the group when the block fails: peers that wait for this rank fail at once then, not at their deadline."""
+        try:
+            yield
+        except (ClipoError, RuntimeError) as error:
+            clear_frames(error.__traceback__)  # they hold messages under way, which keep the connections open
+            group, self._group = self._group, None
+            if group is not None:
+                group.abort()
+            raise
+
+    def _joined(self) -> Group:
+        if self._group is None:
+            raise EngineError(f"the group with the {self._peer}s was left after an error: meet anew")
+        return self._group
 
     def send(self, content: Tensor, peer: int) -> Work:
         try:
-            return self._group.send([content], self._first_rank + peer, 0)
+            return self._joined().send([content], self._first_rank + peer, 0)
         except RuntimeError as error:
             raise self._lost(peer, error) from error
 
     def receive(self, content: Tensor, peer: int) -> Work:
         try:
-            return self._group.recv([content], self._first_rank + peer, 0)
+            return self._joined().recv([content], self._first_rank + peer, 0)
         except RuntimeError as error:
             raise self._lost(peer, error) from error
 

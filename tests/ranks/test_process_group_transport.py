@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,43 @@ def test_a_rank_at_fault_is_named(fault: str, message: str, tmp_path: Path) -> N
     assert message in run_ranks(_faulty, tmp_path, fault, world_size=3)[2]
 
 
+TWO_ENGINES = case_of("qwen3", ParallelLayout(world_size=1), EngineLayout(engines=2, tp=1))
+
+
+def _bereaved(folder: Path) -> str:
+    """Engine 0 is gone before anything is sent; what the trainer and engine 1, which live on, are told."""
+    rank = dist.get_rank()
+    store = dist.distributed_c10d._get_default_store()
+    group = _group(folder, 3, timeout_s=100.0)
+    if rank == 0:
+        sends = PlannedSends(TWO_ENGINES.plan, 0, shards_of(TWO_ENGINES, folder)[0], group, bucket_bytes=500)
+        del group
+        store.wait(["gone"], timedelta(seconds=60))
+        with pytest.raises(EngineError) as raised:
+            sends.send(5, verify=False)
+        store.wait(["told"], timedelta(seconds=50))  # this process stays, and so would its connections
+        with pytest.raises(EngineError, match="was left after an error: meet anew"):
+            sends.send(5, verify=False)
+        return str(raised.value)
+    receives = PlannedReceives(TWO_ENGINES.plan, rank - 1, 0, _targets(TWO_ENGINES), group, bucket_bytes=500)
+    del group
+    if rank == 1:
+        del receives
+        store.set("gone", "")
+        return ""
+    with pytest.raises(EngineError) as raised:
+        receives.receive(5, verify=False)
+    store.set("told", "")
+    return str(raised.value)
+
+
+def test_the_others_hear_of_a_dead_engine_at_once_and_not_at_their_deadline(tmp_path: Path) -> None:
+    numbered_folder(TWO_ENGINES.arch, tmp_path)
+    told = run_ranks(_bereaved, tmp_path, world_size=3)
+    assert told[0].startswith("engine rank 0 is late or gone")
+    assert told[2].startswith("trainer rank 0 is late or gone")
+
+
 class _Flipping:
     """A group on whose way one bit is turned."""
 
@@ -143,6 +181,9 @@ class _Flipping:
         if tensors[0].dtype == torch.uint8:
             tensors[0][0] ^= 1
         return self._group.send(tensors, rank, tag)
+
+    def abort(self):
+        self._group.abort()
 
 
 def _flipped(folder: Path) -> str:
