@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument(
-        "--colocated", action="store_true", help="as if the engines ran on the trainer's GPUs, from the first on"
+        "--colocated",
+        action="store_true",
+        help="as if the engines ran on the trainer's GPUs, from the first on (default: as rollout.colocate says)",
     )
     parser.add_argument(
         "--expert-parallel", action="store_true", help="as if an engine's ranks shared out whole experts"
@@ -79,7 +81,7 @@ def show_plan(recipe: Recipe, arch: Architecture, args: argparse.Namespace) -> N
     """
     trainer = parallel_layout(recipe)
     engines = EngineLayout(engines=recipe.rollout.engines, tp=recipe.rollout.tp, expert_parallel=args.expert_parallel)
-    place = place_together if args.colocated else place_apart
+    place = place_together if args.colocated or recipe.rollout.colocate else place_apart
     placement = place(
         trainer_ranks=trainer.world_size, engine_ranks=engines.num_ranks, gpus_per_node=args.gpus_per_node
     )

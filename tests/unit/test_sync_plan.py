@@ -294,13 +294,15 @@ def _table(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-@pytest.mark.parametrize("colocated", [False, True])
+@pytest.mark.parametrize(
+    ("wanted", "colocated"), [([], False), (["--colocated"], True), (["rollout.colocate=true"], True)]
+)
 def test_the_command_shows_the_plan_s_figures_and_writes_it(
-    colocated: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wanted: list[str], colocated: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arch = _published(QWEN3_30B, tmp_path)
-    command = ["plan", "sync", str(EXAMPLES / "math_qwen3_30b_a3b" / "recipe.yaml"), "--config", str(tmp_path)]
-    command += ["--json", str(tmp_path / "plan.json"), "--network-gbs", "25", *(["--colocated"] if colocated else [])]
+    command = ["plan", "sync", str(EXAMPLES / "math_qwen3_30b_a3b" / "recipe.yaml"), *wanted, "--config", str(tmp_path)]
+    command += ["--json", str(tmp_path / "plan.json"), "--network-gbs", "25"]
     assert main(command) == 0
     out = capsys.readouterr().out
     place = place_together if colocated else place_apart
