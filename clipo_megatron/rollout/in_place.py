@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor
 from vllm.platforms import current_platform
@@ -27,12 +29,14 @@ class LiveParameters:
             plan: of the whole sync.
 
         Raises:
-            EngineError: the model has no such parameter, or is in the middle of a reload.
+            EngineError: the model has no such parameter, or one that the plan does not fill; or it is in the middle of a
+                reload.
         """
         live = dict(model.named_parameters())
         self.device = next(iter(live.values())).device
         tensors = engine_tensors(plan)
         names = {name: live_name(name, live) for name in tensors}
+        _refuse_unknown(live, set(names.values()))
         written = set(names)
         if current_platform.is_cpu():
             fp8_modules = {_module(names[name]) for name, (_, dtype) in tensors.items() if dtype == torch.float8_e4m3fn}
@@ -43,6 +47,22 @@ class LiveParameters:
         """Name in the plan -> memory in use, in loading format."""
         self.reloaded: dict[str, str] = {name: found for name, found in names.items() if name not in written}
         """Name in the plan -> name in the model."""
+
+
+def _refuse_unknown(live: Mapping[str, torch.nn.Parameter], filled: Collection[str]) -> None:
+    """What no copy fills would keep its first value for ever. A second name of a filled parameter, a tied head, is none."""
+    known = {live[name].data_ptr() for name in filled} - {0}
+    unknown = [
+        name
+        for name, parameter in live.items()
+        if name not in filled and parameter.numel() and parameter.data_ptr() not in known
+    ]
+    if unknown:
+        raise EngineError(
+            f"{unknown[0]}: the engine has this parameter, and the plan fills none of its name ({len(unknown)} such of "
+            f"{len(live)}), so it would keep its first value for ever: this vLLM release or model has more than "
+            "weights/engine_parameters.py knows; set sync.transport to stream"
+        )
 
 
 def _module(name: str) -> str:

@@ -106,10 +106,6 @@ class PlannedCopies:
             bound += [(of, target_views(of.transfer.copy, target)) for of in slices]
         return BoundCopies(bound)
 
-    def missing(self, bound: Mapping[str, object]) -> list[str]:
-        """Names of the rank's parameters that are not in `bound`, in the plan's order."""
-        return [name for name in self.parameters if name not in bound]
-
 
 class BoundCopies:
     """Copies with both ends laid out. To be made by `PlannedCopies.bind`; `run` as often as the sources change."""
