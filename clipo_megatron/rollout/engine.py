@@ -148,7 +148,8 @@ class RolloutEngine:
             dtype=self._settings.dtype,
             device=self._settings.device,
             quantization=self._settings.quantization,
-            kernels=self._fp8_kernels(),
+            kernels=[] if self._settings.quantization == "none" else self._names("clipo_fp8_kernels"),
+            expert_backends=self._names("clipo_expert_backends"),
             is_asked_for=is_asked_for,
         )
 
@@ -206,11 +207,10 @@ class RolloutEngine:
         gc.collect()  # the model is part of reference cycles
         cleanup_dist_env_and_memory()
 
-    def _fp8_kernels(self) -> list[str]:
-        if self._settings.quantization == "none":
-            return []
-        of_workers: list[list[str]] = self._workers.call("clipo_fp8_kernels")
-        return sorted({kernel for kernels in of_workers for kernel in kernels})
+    def _names(self, method: str) -> list[str]:
+        """Names that any worker gives."""
+        of_workers: list[list[str]] = self._workers.call(method)
+        return sorted({name for names in of_workers for name in names})
 
     def _require_planned(self) -> None:
         if problem := self.planned_sync_problem(is_asked_for=True):

@@ -165,6 +165,12 @@ class WeightReceiver:
 
         return fp8_kernels(self.model_runner.get_model())  # pyright: ignore[reportArgumentType]
 
+    def clipo_expert_backends(self) -> list[str]:
+        """See `expert_backends` of rollout/expert_backends.py."""
+        from clipo_megatron.rollout.expert_backends import expert_backends
+
+        return expert_backends(self.model_runner.get_model())  # pyright: ignore[reportArgumentType]
+
     def clipo_begin_pull(self) -> None:
         """Get ready for a pull."""
         if "clipo_planned" not in vars(self):

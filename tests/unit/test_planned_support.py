@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from enum import Enum
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from clipo_megatron.rollout.expert_backends import expert_backends
 from clipo_megatron.rollout.planned_support import planned_sync_problem
 
 TESTED = {
@@ -13,6 +18,7 @@ TESTED = {
     "device": "cpu",
     "quantization": "none",
     "kernels": [],
+    "expert_backends": [],
 }
 
 
@@ -44,3 +50,40 @@ def test_on_a_gpu_that_was_asked_for_the_project_s_releases_may_be_filled(releas
     asked = TESTED | {"device": "cuda", "release": release}
     assert (planned_sync_problem(**asked, is_asked_for=True) == "") == may
     assert planned_sync_problem(**TESTED | {"release": "0.24.0"}, is_asked_for=True) != ""
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (["TRITON"], ""),
+        (["FLASHINFER_CUTLASS"], "FLASHINFER_CUTLASS"),
+        (["FLASHINFER_TRTLLM", "TRITON"], "FLASHINFER_TRTLLM"),
+        (["SomeOtherMethod"], "SomeOtherMethod"),
+        ([], "no backend of experts"),
+    ],
+)
+def test_experts_are_written_in_place_only_where_their_order_is_that_of_loading(found: list[str], told: str) -> None:
+    asked = TESTED | {"family": "qwen3_moe", "expert_backends": found}
+    problem = planned_sync_problem(**asked | {"device": "cuda"}, is_asked_for=True)
+    assert problem if told else not problem
+    assert told in problem
+    assert planned_sync_problem(**asked, is_asked_for=True) == "", "on a CPU they go through vLLM's reload"
+    dense = asked | {"family": "qwen3", "device": "cuda"}
+    assert planned_sync_problem(**dense, is_asked_for=True) == ""
+
+
+def test_the_backend_of_experts_is_that_of_the_method_also_behind_a_modular_kernel() -> None:
+    names = Enum("names", ["TRITON", "FLASHINFER_TRTLLM"])
+
+    def experts(method: object) -> torch.nn.Module:
+        module = torch.nn.Module()
+        module.w13_weight = torch.nn.Parameter(torch.zeros(1))
+        module.quant_method = method
+        return module
+
+    unquantized = SimpleNamespace(unquantized_backend=names.TRITON)
+    other = SimpleNamespace(unquantized_backend=names.FLASHINFER_TRTLLM)
+    layers = [experts(unquantized), torch.nn.Linear(2, 2), experts(SimpleNamespace(old_quant_method=other))]
+    assert expert_backends(torch.nn.ModuleList(layers)) == ["FLASHINFER_TRTLLM", "TRITON"]
+    assert expert_backends(torch.nn.ModuleList([experts(SimpleNamespace())])) == ["SimpleNamespace"]
+    assert expert_backends(torch.nn.Linear(2, 2)) == []

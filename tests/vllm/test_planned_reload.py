@@ -118,6 +118,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     shards = Trainer(arch, layout, folders[0])
     with tiny_engine(folders[0], tp=tp, dtype=dtype, kv_cache_mib=16) as engine:
         assert engine.planned_sync_problem(is_asked_for=False) == ""
+        assert engine._names("clipo_expert_backends") == (["CPU"] if arch.experts else [])
         num_bytes, floor_seconds = engine.open_plan(to_json(plan), 0, shards.handles)
         assert num_bytes == sum(plan.num_bytes(t.copy) for rank in range(tp) for t in plan.into(0, rank))
         assert 0 < floor_seconds < 10
