@@ -6,17 +6,20 @@ Over a process group of their own, which no other library of either process sees
 from __future__ import annotations
 
 import datetime
+import math
+import time
 from collections import deque
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from traceback import clear_frames
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.errors import CheckError, ClipoError, EngineError
+from clipo_megatron.sync.device_events import DeviceEvents, recorder
 from clipo_megatron.sync.link_buckets import BUFFERS, LinkBucket, buckets_into, buckets_out_of, checksums_with
 from clipo_megatron.sync.plan import Copy, SyncPlan, Transfer
 from clipo_megatron.sync.slices import (
@@ -39,6 +42,11 @@ class Work(Protocol):
 
 class Group(Protocol):
     """What is used of a c10d process group; see `join`."""
+
+    @property
+    def options(self) -> Any:  # noqa: ANN401 (torch has a class for each backend)
+        """With the deadline of a message."""
+        ...
 
     def send(self, tensors: list[Tensor], rank: int, tag: int, /) -> Work:
         """Start sending."""
@@ -141,6 +149,7 @@ class PlannedSends:
         links.wait_all(list(under_way))
         if verify:
             links.wait_all([(peer, links.send(links.checksums(peer), peer)) for peer in peers])
+        links.settle()
 
 
 class PlannedReceives:
@@ -201,6 +210,7 @@ class PlannedReceives:
         links = self._links
         heads = {peer: links.number(-1) for peer in links.peers}
         links.wait_all([(peer, links.receive(head, peer)) for peer, head in heads.items()])
+        links.settle()  # asking for a value waits for it without a deadline
         for peer, head in heads.items():
             if int(head.item()) != version:
                 raise EngineError(
@@ -214,6 +224,7 @@ class PlannedReceives:
             under_way.append((bucket, links.receive(bucket.content, bucket.peer)))
         for bucket, work in under_way:
             self._take(bucket, work)
+        links.settle()
         if verify:
             self._verify()
 
@@ -222,12 +233,14 @@ class PlannedReceives:
         for part in bucket.parts:
             for packed, view in zip(part.packed, part.views, strict=True):
                 view.copy_(packed)
+        self._links.note(bucket.peer)
 
     def _verify(self) -> None:
         links = self._links
         found = {peer: links.checksums(peer) for peer in links.peers}
         wanted = {peer: torch.zeros_like(of_link) for peer, of_link in found.items()}
         links.wait_all([(peer, links.receive(of_link, peer)) for peer, of_link in wanted.items()])
+        links.settle()
         for peer in links.peers:
             wrong = int((found[peer] != wanted[peer]).sum().item())
             if wrong:
@@ -247,10 +260,13 @@ class _Links:
         self.peers = sorted({bucket.peer for bucket in buckets})
         self._device, self._first_rank, self._peer = device, first_rank, peer
         self._group: Group | None = group
+        self._events = DeviceEvents(recorder(device))
+        self._deadline = math.inf
 
     @contextmanager
     def left_on_error(self) -> Generator[None]:
         """Leave the group when the block fails: peers that wait for this rank fail at once then, not at their deadline."""
+        self._deadline = time.monotonic() + self._timeout_s()
         try:
             yield
         except (ClipoError, RuntimeError) as error:
@@ -266,22 +282,37 @@ class _Links:
         return self._group
 
     def send(self, content: Tensor, peer: int) -> Work:
-        try:
-            return self._joined().send([content], self._first_rank + peer, 0)
-        except RuntimeError as error:
-            raise self._lost(peer, error) from error
+        return self._start(self._joined().send, content, peer)
 
     def receive(self, content: Tensor, peer: int) -> Work:
+        return self._start(self._joined().recv, content, peer)
+
+    def _start(self, method: Callable[[list[Tensor], int, int], Work], content: Tensor, peer: int) -> Work:
         try:
-            return self._joined().recv([content], self._first_rank + peer, 0)
+            return method([content], self._first_rank + peer, 0)
         except RuntimeError as error:
-            raise self._lost(peer, error) from error
+            raise self._lost(peer, str(error)) from error
 
     def wait(self, peer: int, work: Work) -> None:
         try:
             work.wait()
         except RuntimeError as error:
-            raise self._lost(peer, error) from error
+            raise self._lost(peer, str(error)) from error
+        self.note(peer)
+
+    def note(self, peer: int) -> None:
+        """What was put into the device's stream last needs a message of `peer`."""
+        self._events.note(peer)
+
+    def settle(self) -> None:
+        """Return when all that was waited for is there, on a GPU as well, where `wait` only orders what comes next."""
+        late = self._events.late(self._deadline)
+        if late is not None:
+            raise self._lost(late, f"its message is not there after {self._timeout_s():g} s")
+
+    def _timeout_s(self) -> float:
+        """Of all messages together, on a GPU. On a CPU each has the group's."""
+        return self._joined().options._timeout.total_seconds() if self._device.type == "cuda" else math.inf
 
     def wait_all(self, works: list[tuple[int, Work]]) -> None:
         for peer, work in works:
@@ -293,8 +324,8 @@ class _Links:
     def checksums(self, peer: int) -> Tensor:
         return checksums_with(self.buckets, peer, self._device)
 
-    def _lost(self, peer: int, error: RuntimeError) -> EngineError:
-        reason = str(error).splitlines()[0]
+    def _lost(self, peer: int, reason: str) -> EngineError:
+        reason = reason.splitlines()[0]
         return EngineError(
             f"{self._peer} {peer} is late or gone ({reason}): the sync is given up; restart it with a new group"
         )
