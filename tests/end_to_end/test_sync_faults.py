@@ -146,7 +146,7 @@ def _sync_settings(folder: Path, timeout_s: float = TIMEOUT_S) -> SyncSettings:
         engines=EngineLayout(engines=NUM_ENGINES, tp=1),
         device="cpu",
         bucket_bytes=1 << 20,
-        gpus=place_apart(trainer_ranks=TRAINER.world_size, engine_ranks=NUM_ENGINES, gpus_per_node=8),
+        gpus=place_apart(trainer_ranks=TRAINER.world_size, engine_ranks=NUM_ENGINES, gpus_per_node=16),
     )
 
 
