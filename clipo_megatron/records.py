@@ -253,11 +253,11 @@ class WeightBucket:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncReport:
-    """What one sync of all engines moved."""
+    """What one sync moved, into all engines or into those that lacked the version."""
 
     transport: str
     """"stream" or "shm"."""
     num_bytes: int
-    """Written into all engines' parameters, or sent to each engine in buckets."""
+    """Written into these engines' parameters, or sent to each of them in buckets."""
     floor_seconds: float | None
     """That the copies of the busiest engine rank take at least, at the copy rate measured there; None for streams."""

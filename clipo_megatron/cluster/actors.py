@@ -315,6 +315,6 @@ class EngineActor(LoggedWorker):
         self._engine.commit_pull(version, timeout_s=timeout_s)
 
     @reports_failure
-    def abort_update(self) -> None:
+    def abort_update(self, timeout_s: float) -> None:
         """See `RolloutEngine.abort_update`."""
-        self._engine.abort_update()
+        self._engine.abort_update(timeout_s=timeout_s)

@@ -158,7 +158,9 @@ class RayEngines:
         """Engines that do not serve `version`, whatever they do serve; an update of theirs is given up."""
         held = self._all(None, "sync begin", self._sync.timeout_s, lambda actor: actor.holds.remote(version))
         lagging = [name for name, is_held in held.items() if not is_held]
-        self._all(lagging, "sync begin", self._sync.timeout_s, lambda actor: actor.abort_update.remote())
+        self._all(
+            lagging, "sync begin", self._sync.timeout_s, lambda actor: actor.abort_update.remote(self._sync.timeout_s)
+        )
         return lagging
 
     def _bring(self, version: int, weights: PolicyWeights, only: Collection[str] | None) -> SyncReport:

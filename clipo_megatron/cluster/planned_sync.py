@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import ray
 
 from clipo_megatron.cluster.gather import WorkersDied
 from clipo_megatron.cluster.policy import PolicyWeights
-from clipo_megatron.cluster.sync_ways import Actors, Deadline, Links, SharedMemory, Way, aborting
+from clipo_megatron.cluster.sync_ways import Actors, Costs, Deadline, Links, SharedMemory, Way, aborting
 from clipo_megatron.errors import ConfigError, WorkerError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.records import SyncReport
@@ -67,16 +68,15 @@ class PlannedSync:
         settings: SyncSettings,
         *,
         way: Way,
-        num_bytes: int,
-        floor_s: float,
+        costs: Costs,
     ) -> None:
-        """See `open_planned_sync`."""
+        """See `open_planned_sync`; `costs` are those of every engine."""
         self._actors = actors
         self._settings = settings
         self._way = way
-        self._num_bytes = num_bytes
-        self._floor_s = floor_s
-        self._is_first = True
+        self._costs = costs
+        self._verified: set[str] = set()
+        """Engines whose first sync is over; one that was started again is none of them."""
 
     @property
     def transport(self) -> str:
@@ -89,6 +89,7 @@ class PlannedSync:
         Raises:
             WorkerError: a worker failed, died or is late.
         """
+        self._verified -= set(newcomers)
         self._way.admit(self._actors, newcomers, weights)
 
     def update(self, version: int, weights: PolicyWeights, *, only: Collection[str] | None = None) -> SyncReport:
@@ -97,18 +98,26 @@ class PlannedSync:
         Raises:
             WorkerError: a worker failed, died or is late: who, in which phase, and why.
         """
-        verify = self._settings.verify
+        names = set(self._actors if only is None else only)
         self.begin(version, weights, only=only)
-        verified = verify == "always" or (verify == "first" and self._is_first)
-        self.transfer(version, weights, verify=verified, only=only)
+        self.transfer(version, weights, verify=self._is_to_verify(names), only=only)
         self.commit(version, only=only)
-        self._is_first = False
-        return SyncReport(transport=self._way.name, num_bytes=self._num_bytes, floor_seconds=self._floor_s)
+        self._verified |= names
+        costs = [self._costs[name] for name in names]
+        return SyncReport(
+            transport=self._way.name,
+            num_bytes=sum(num_bytes for num_bytes, _ in costs),
+            floor_seconds=max((floor_s for _, floor_s in costs), default=0.0),
+        )
+
+    def _is_to_verify(self, names: AbstractSet[str]) -> bool:
+        verify = self._settings.verify
+        return verify == "always" or (verify == "first" and not names <= self._verified)
 
     def begin(self, version: int, weights: PolicyWeights, *, only: Collection[str] | None = None) -> None:
         """All trainer ranks offer `version`; then no engine serves anything."""
         timeout_s = self._settings.timeout_s
-        with aborting(self._actors):
+        with aborting(self._actors, timeout_s=timeout_s):
             weights.offer(timeout_s=timeout_s)
             self._all("sync begin", only, lambda actor: actor.begin_pull.remote(version, timeout_s))
 
@@ -117,7 +126,7 @@ class PlannedSync:
     ) -> None:
         """All engines get their slices; then all trainer ranks must still offer the same weights."""
         timeout_s = self._settings.timeout_s
-        with aborting(self._actors):
+        with aborting(self._actors, timeout_s=timeout_s):
             names = self._actors if only is None else only
             self._way.transfer(self._actors, version, weights, verify=verify, only=names)
             weights.confirm(timeout_s=timeout_s)
@@ -125,7 +134,7 @@ class PlannedSync:
     def commit(self, version: int, *, only: Collection[str] | None = None) -> None:
         """All engines serve `version` from here on."""
         timeout_s = self._settings.timeout_s
-        with aborting(self._actors):
+        with aborting(self._actors, timeout_s=timeout_s):
             self._all("sync commit", only, lambda actor: actor.commit_pull.remote(version, timeout_s))
 
     def _all(self, phase: str, only: Collection[str] | None, call: Callable[[Any], ray.ObjectRef]) -> None:
@@ -162,13 +171,12 @@ def _open(actors: Actors, settings: SyncSettings, weights: PolicyWeights) -> tup
             if problem:
                 return f"{name}: {problem}", None
         way = _way(settings)
-        costs = way.open(actors, weights).values()
+        costs = way.open(actors, weights)
     except WorkersDied:
         raise  # no fault of the plan
     except (WorkerError, ConfigError) as error:
         return str(error), None
-    num_bytes, floor_s = sum(cost[0] for cost in costs), max(cost[1] for cost in costs)
-    return "", PlannedSync(actors, settings, way=way, num_bytes=num_bytes, floor_s=floor_s)
+    return "", PlannedSync(actors, settings, way=way, costs=costs)
 
 
 def _way(settings: SyncSettings) -> Way:

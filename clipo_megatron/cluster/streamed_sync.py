@@ -39,7 +39,7 @@ class StreamedSync:
         names = list(self._actors if only is None else only)
         engines = _Living({name: self._actors[name] for name in names}, self._deadline)
         num_tensors, num_bytes = 0, 0
-        with aborting(self._actors):
+        with aborting(self._actors, timeout_s=self._deadline.timeout_s):
             engines.call(
                 "sync begin", lambda actor, left_s: actor.begin_update.remote(version, left_s), time.monotonic()
             )

@@ -57,13 +57,13 @@ class Deadline:
 
 
 @contextmanager
-def aborting(actors: Actors) -> Generator[None]:
+def aborting(actors: Actors, *, timeout_s: float) -> Generator[None]:
     """Have engines give up the update that an error ends."""
     try:
         yield
     except WorkerError:
         for actor in actors.values():  # nobody waits: the dead never answer, the late will hear of it
-            actor.abort_update.remote()
+            actor.abort_update.remote(timeout_s)
         raise
 
 

@@ -192,9 +192,9 @@ class RolloutEngine:
         """See `WeightUpdates.sleep`."""
         self._updates.sleep()
 
-    def abort_update(self) -> None:
+    def abort_update(self, *, timeout_s: float | None = None) -> None:
         """See `WeightUpdates.abort`."""
-        self._updates.abort()
+        self._updates.abort(timeout_s=timeout_s)
 
     def close(self) -> None:
         """End the workers and free the memory; the engine can't be used any more. Closing twice is fine."""

@@ -39,10 +39,20 @@ class Sleep:
         if not self._is_allowed:
             raise EngineError("the engine can't sleep: start it with sleeps=True (recipes: rollout.colocate)")
 
+    @property
+    def asleep(self) -> frozenset[Tag]:
+        """What is given back."""
+        return frozenset(self._asleep)
+
     def fall_asleep(self) -> None:
-        """Give the memory back; nothing if it sleeps already."""
-        if self._asleep:
+        """Give the memory back; nothing if it all sleeps already.
+
+        Raises:
+            EngineError: there is no room for what has to be woken first.
+        """
+        if "weights" in self._asleep:
             return
+        self.wake("kv_cache")  # after a wake that was given up: vLLM takes an engine of which a part sleeps for asleep
         self._workers.require().sleep(level=2)
         if self._is_cpu:
             self._workers.call("clipo_drop_cache")

@@ -185,10 +185,14 @@ class WeightUpdates:
         self.drop_prefix_cache()
         self._state.commit_pull(version)
 
-    def abort(self) -> None:
-        """Give up an update. The engine is stale until a whole one has been committed; without one nothing changes."""
+    def abort(self, *, timeout_s: float | None) -> None:
+        """Give up an update. The engine is stale until a whole one has been committed; without one nothing changes.
+
+        Raises:
+            EngineError: a worker is late (`timeout_s` as for `begin`), and none can be called any more.
+        """
         self._state.abort()
-        self._workers.call("clipo_abandon_update")
+        self._workers.call("clipo_abandon_update", timeout_s=timeout_s)
 
     def sleep(self) -> None:
         """Give weights and KV cache back; nothing is generated before an update has been committed, which wakes the engine.

@@ -152,7 +152,7 @@ def _engine_scales(parameter: HeldParameter, arch: Architecture, scaling: Scalin
 
 
 def _block_problems(parameter: HeldParameter, arch: Architecture) -> Iterator[str]:
-    rule, name = parameter.rule, parameter.names[0]
+    rule, name = parameter.rule, _of_all(parameter.names[0])
     rows, columns = parameter.shape[-2:]
     if rule.is_of_expert and (rows % BLOCK or columns % BLOCK):
         yield (
@@ -170,9 +170,14 @@ def _block_problems(parameter: HeldParameter, arch: Architecture) -> Iterator[st
         if not (rows_fit and columns_fit):
             yield (
                 f"{name}: an engine rank holds rows {first} to {first + count} and columns {first_column} to "
-                f"{first_column + num_columns} of {rule.hf[number].name}, from its row {engine_row} on; blocks of "
+                f"{first_column + num_columns} of {_of_all(rule.hf[number].name)}, from its row {engine_row} on; blocks of "
                 f"{BLOCK} x {BLOCK} would straddle two tensors or two ranks; choose another rollout.tp, or leave FP8 off"
             )
+
+
+def _of_all(template: str) -> str:
+    """A name that stands for those of all layers and experts, in words."""
+    return template.replace("{layer}", "*").replace("{expert}", "*")
 
 
 def _pieces(parameter: HeldParameter, arch: Architecture) -> Iterator[tuple[int, _Rows]]:

@@ -203,8 +203,7 @@ def _among(planned: PlannedSync, names: list[str], timeout_s: float = TIMEOUT_S)
         {name: planned._actors[name] for name in names},
         _sync_settings(planned._settings.model_path, timeout_s),
         way=_hurried(planned._way, timeout_s),
-        num_bytes=planned._num_bytes,
-        floor_s=planned._floor_s,
+        costs=planned._costs,
     )
 
 

@@ -72,6 +72,9 @@ def test_the_same_version_after_a_sleep_gives_the_same_samples(engine: RolloutEn
     engine.abort_update()
     with pytest.raises(EngineError, match="since it slept"):
         sampled(engine, version)
+    assert engine._updates._sleep.asleep == {"kv_cache"}
+    engine.sleep()  # the weights that were woken for it are given back as well
+    assert engine._updates._sleep.asleep == {"weights", "kv_cache"}
     update(engine, version, tensors)
     after = sampled(engine, version)
     for old, new in zip(before, after, strict=True):
