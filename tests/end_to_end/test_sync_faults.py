@@ -337,6 +337,24 @@ def test_an_engine_that_is_late_in_a_streamed_transfer_is_named_and_the_next_upd
     assert all(cluster.serves(name, cluster.version) for name in names)
 
 
+def test_only_engines_that_were_updated_are_counted_and_one_that_was_started_again_is_verified(
+    cluster: Cluster,
+) -> None:
+    names = ["engine_0", "engine_1"]
+    planned = _among(cluster.planned, names)
+    assert planned._is_to_verify(set(names))
+    cluster.version += 1
+    weights = cluster.take(cluster.version)
+    both = planned.update(cluster.version, weights)
+    assert not planned._is_to_verify(set(names))
+    cluster.version += 1
+    one = planned.update(cluster.version, cluster.take(cluster.version), only=names[:1])
+    assert both.num_bytes == 2 * one.num_bytes > 0
+    planned.admit(names[1:], weights)
+    assert not planned._is_to_verify(set(names[:1]))
+    assert planned._is_to_verify(set(names[1:]))
+
+
 def test_a_stale_version_of_the_trainer_is_served_by_no_engine(cluster: Cluster) -> None:
     cluster.version += 2
     asked, stale = cluster.version, cluster.version - 1
