@@ -41,6 +41,7 @@ def start_worker(parent_pid: int, memory_bytes: int) -> None:
     full_verdict("1", "\\frac{x}{x}")  # imports and caches are not on the first answer's clock
     taken = _peak_address_space()
     resource.setrlimit(resource.RLIMIT_AS, (taken + memory_bytes, taken + memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash would write a file, which no filter of calls sees
     _suspicious_peak_bytes = taken + memory_bytes // 4
     _unconfined_because = confine()
 
