@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from clipo_megatron.doctor.finding import Finding, fail, of_problems, ok, skip, warn
@@ -22,6 +22,10 @@ _FIELDS = (
     "clocks_throttle_reasons.hw_slowdown",
 )
 _TIMEOUT_S = 30.0
+_GRANTS = ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")
+"""Where SLURM says which GPUs a step has: the first is a number, the others are lists."""
+_NONE = ("", "0", "-1", "NoDevFiles")
+"""No GPUs, in the words of `SLURM_GPUS_ON_NODE` and `CUDA_VISIBLE_DEVICES`."""
 _USED_MIB = 1024
 """A GPU with more memory in use has another process on it, or the leftovers of one."""
 
@@ -45,10 +49,24 @@ def device_findings(recipe: Recipe, *, needs_torch: bool) -> list[Finding]:
     """GPUs against the recipe: by nvidia-smi, and by torch where it is asked for."""
     if recipe.run.device == "cpu":
         return [skip("GPUs", "run.device = cpu")]
-    findings = gpu_findings(query_gpus(), expected=os.environ.get("SLURM_GPUS_ON_NODE", ""))
+    gpus = query_gpus()
+    findings = gpu_findings(gpus, os.environ)
     if needs_torch:
-        findings += _torch_findings(recipe)
+        listed = "" if isinstance(gpus, str) or not gpus else f"nvidia-smi lists {len(gpus)} GPUs"
+        findings += _torch_findings(recipe, gpus_there=granted_gpus(os.environ) or listed)
     return findings
+
+
+def granted_gpus(environment: Mapping[str, str]) -> str:
+    """The variable by which SLURM says that this step has GPUs, with its value; empty: it says of none."""
+    for variable in _GRANTS:
+        if variable == "CUDA_VISIBLE_DEVICES" and "SLURM_JOB_ID" not in environment:
+            continue  # set by hand, on whatever machine
+        # "0" is a number of GPUs in the first variable, and the name of one in the lists.
+        value = environment.get(variable, "")
+        if value not in _NONE or (value == "0" and variable != _GRANTS[0]):
+            return f"{variable} = {value}"
+    return ""
 
 
 def device_facts() -> dict[str, str]:
@@ -97,15 +115,21 @@ def parse_gpus(text: str) -> list[Gpu] | str:
     return gpus
 
 
-def gpu_findings(gpus: Sequence[Gpu] | str, *, expected: str) -> list[Finding]:
-    """What is wrong with the GPUs of a host.
+def gpu_findings(gpus: Sequence[Gpu] | str, environment: Mapping[str, str]) -> list[Finding]:
+    """What is wrong with the GPUs of a host, for a run that may use them.
 
     Args:
         gpus: of the host, or why they are not known.
-        expected: number of them that SLURM gave to the job here; empty: not told.
+        environment: with SLURM's variables, which tell the GPUs that this host gives to the job.
     """
-    name = "GPUs"
+    name, expected = "GPUs", environment.get("SLURM_GPUS_ON_NODE", "")
     if isinstance(gpus, str):
+        granted = granted_gpus(environment)
+        if "no nvidia-smi" in gpus and granted:
+            remedy = (
+                "install NVIDIA's driver, or mount it into the container with its tools; without GPUs run.device=cpu"
+            )
+            return [fail(name, f"{gpus}, though {granted}", remedy)]
         if "no nvidia-smi" in gpus:
             return [skip(name, gpus)]
         return [fail(name, gpus, "drain the node and look at `dmesg` for Xid errors")]
@@ -130,13 +154,27 @@ def gpu_findings(gpus: Sequence[Gpu] | str, *, expected: str) -> list[Finding]:
     return findings or [ok(name, f"{len(gpus)} of driver {gpus[0].driver}" if gpus else "none")]
 
 
-def _torch_findings(recipe: Recipe) -> list[Finding]:
-    from clipo_megatron.checks.preflight import device_problems
-
+def _torch_findings(recipe: Recipe, *, gpus_there: str) -> list[Finding]:
+    name = "device"
     try:
-        return of_problems("device", device_problems(recipe), otherwise="torch can use it")
+        import torch
+
+        from clipo_megatron.checks.preflight import device_problems
+
+        if not torch.cuda.is_available() and gpus_there:
+            return [_unused(recipe.run.device, gpus_there, torch.__version__)]
+        said = "torch can use it" if torch.cuda.is_available() else "no GPU here: the run is on CPUs"
+        return of_problems(name, device_problems(recipe), otherwise=f"run.device = {recipe.run.device}: {said}")
     except (ImportError, OSError, RuntimeError) as error:
         cause = f"torch does not work on this host ({str(error).splitlines()[0]})"
-        return [
-            fail("device", cause, "install the pinned requirements, or compare the driver with torch's CUDA version")
-        ]
+        return [fail(name, cause, "install the pinned requirements, or compare the driver with torch's CUDA version")]
+
+
+def _unused(device: str, gpus_there: str, version: str) -> Finding:
+    # auto means the CPU wherever torch sees no GPU: nothing else would tell that GPUs stand idle.
+    ending = "would be on CPUs" if device == "auto" else "can't start"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = "" if visible is None else f", CUDA_VISIBLE_DEVICES = {visible!r}"
+    cause = f"run.device = {device}: torch {version} can't use CUDA here, though {gpus_there}{seen}: the run {ending}"
+    remedy = "install a torch for CUDA that this driver knows, and hide no GPUs; or set run.device=cpu"
+    return fail("device", cause, remedy)

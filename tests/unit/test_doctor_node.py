@@ -17,7 +17,6 @@ from support.tiny_models import make_tiny_hf
 
 from clipo_megatron.cli.doctor import read_ports
 from clipo_megatron.doctor import node, packages
-from clipo_megatron.doctor.devices import gpu_findings, parse_gpus, query_gpus
 from clipo_megatron.doctor.finding import Status
 from clipo_megatron.doctor.node import NodeCase, run_node
 from clipo_megatron.recipe import load_recipe
@@ -247,43 +246,6 @@ def test_other_model_files_weights_and_data_change_their_facts(recipe, recipe_fi
     assert {name for name in before if before[name] != changed[name]} - {"clock ahead"} == {"data"}
     missing = run_node(NodeCase(recipe=load_recipe(recipe_file, ["model.path=/nowhere"])))[1]
     assert missing["model weights"] == "missing"
-
-
-GOOD = "0, NVIDIA H100 80GB HBM3, 550.54, 81559, 4, 0, Enabled, Not Active"
-GPUS = {
-    "sound": ([GOOD], "OK"),
-    "uncorrected errors": ([GOOD.replace("4, 0,", "4, 2,")], "FAIL"),
-    "memory in use": ([GOOD.replace("81559, 4,", "81559, 30000,")], "FAIL"),
-    "slowed down": ([GOOD.replace("Not Active", "Active")], "WARN"),
-    "no persistence": ([GOOD.replace("Enabled", "Disabled")], "WARN"),
-    "without ECC": ([GOOD.replace("4, 0,", "4, [N/A],")], "OK"),
-    "one too few": ([], "FAIL"),
-    "a lost GPU": (["Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost"], "FAIL"),
-}
-
-
-@pytest.mark.parametrize("what", GPUS)
-def test_faults_of_gpus_are_found_in_what_nvidia_smi_tells(what):
-    lines, status = GPUS[what]
-    findings = gpu_findings(parse_gpus("\n".join(lines)), expected="1")
-    assert [finding.status for finding in findings] == [status]
-
-
-def test_a_gpu_is_asked_for_by_the_fields_that_are_read(tmp_path, monkeypatch):
-    """A stand-in for nvidia-smi answers only the query that the parser understands."""
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f'#!/bin/sh\n[ "$(echo "$1" | tr , "\\n" | wc -l)" = 8 ] && echo "{GOOD}"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    gpus = query_gpus()
-    assert [gpu.name for gpu in gpus] == ["NVIDIA H100 80GB HBM3"]
-    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
-    assert gpu_findings(query_gpus(), expected="")[0].status is Status.FAIL
-
-
-def test_a_host_without_nvidia_smi_is_recorded_as_not_looked_at(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert [finding.status for finding in gpu_findings(query_gpus(), expected="8")] == [Status.SKIP]
 
 
 def test_the_size_of_rays_object_store_is_the_clusters():
