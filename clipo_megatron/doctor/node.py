@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipo_megatron.checkpoint.sizes import size_text
-from clipo_megatron.checks.host_memory import available_bytes
+from clipo_megatron.checks.host_memory import allowed_bytes
 from clipo_megatron.checks.memory import estimate_memory
 from clipo_megatron.checks.preflight import existing_folder
 from clipo_megatron.doctor.devices import device_facts, device_findings
@@ -78,7 +78,7 @@ def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
         check_address(socket.gethostname()) if case.find_address is None else check_own_address(case.find_address),
         *check_ports(case.ports),
         check_free_ports(case.find_ports),
-        check_host_memory(recipe, available=memory_limit(), ranks=_ranks_here(recipe)),
+        check_host_memory(recipe, available=allowed_bytes(), ranks=_ranks_here(recipe)),
         check_time(os.environ, _slowest_step(folder / "metrics.jsonl")),
         *package_findings(recipe),
         *device_findings(recipe, needs_torch=case.needs_torch),
@@ -281,14 +281,6 @@ def check_time(environment: Mapping[str, str], slowest_step_s: float | None, *, 
     if left < 2 * slowest_step_s:
         return fail(name, cause, "ask for more time (--time): no step would end")
     return ok(name, cause)
-
-
-def memory_limit() -> int | None:
-    """Bytes that this process may still take: what the machine has left, or its cgroup's limit where that is less."""
-    available = available_bytes()
-    limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-    found = [int(text) for path in limits if path.is_file() and (text := path.read_text().strip()).isdigit()]
-    return min([*found, *([] if available is None else [available])], default=None)
 
 
 def _ranks_here(recipe: Recipe) -> int:
