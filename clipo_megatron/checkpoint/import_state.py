@@ -9,7 +9,6 @@ FOLDER.partial/model/        becomes FOLDER by a rename, once all of it is on di
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from typing import Self
 
 from clipo_megatron.checkpoint.checksum import file_checksum
 from clipo_megatron.checkpoint.dist_index import WrittenFile, sync_folder
+from clipo_megatron.checkpoint.file_lock import take_lock
 from clipo_megatron.errors import CheckpointError, ConfigError
 from clipo_megatron.weights.hf_writer import parent_problems, partial_folder
 
@@ -41,7 +41,7 @@ class PartialImport:
             state are kept, with another one it begins anew.
 
     Raises:
-        ConfigError: `folder` exists, or FOLDER.partial holds files that no import wrote.
+        ConfigError: `folder` exists, FOLDER.partial holds files that no import wrote, or its file system has no locks.
         CheckpointError: another process writes there.
     """
 
@@ -157,17 +157,19 @@ def folder_problems(folder: Path, *, source: Path) -> list[str]:
 def _acquire(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        is_ours = False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not take_lock(descriptor, path.parent, otherwise="give a folder on another file system"):
+                raise CheckpointError(
+                    f"{path.parent}: another process imports into it; wait for its end, or give another folder"
+                )
             # The import that held the lock before may have removed the file together with its folder.
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise CheckpointError(
-                f"{path.parent}: another process imports into it; wait for its end, or give another folder"
-            ) from None
-        os.close(descriptor)
+            is_ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+        finally:
+            if not is_ours:
+                os.close(descriptor)
+        if is_ours:
+            return descriptor
         path.parent.mkdir(parents=True, exist_ok=True)
 
 

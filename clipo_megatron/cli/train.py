@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from clipo_megatron.checkpoint.file_lock import take_lock
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.recipe.load import read_recipe
@@ -157,15 +157,15 @@ def _end_time() -> float | None:
 
 
 def _prepare_folder(folder: Path, recipe: Recipe) -> TextIO:
-    """Make the run's folder this process's own; it is free again when the returned file is closed."""
+    """Make the run's folder this process's own; it is free again when the returned file is closed.
+
+    Raises:
+        ConfigError: another run has it, or its file system has no locks.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"run.name = {recipe.run.name}: another run is using {folder}; choose another name"
-        ) from error
+    if not take_lock(lock.fileno(), folder, otherwise="choose a run.folder on another file system"):
+        raise ConfigError(f"run.name = {recipe.run.name}: another run is using {folder}; choose another name")
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     log = logging.FileHandler(folder / "driver.log")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipo_megatron.checkpoint.file_lock import take_lock
 from clipo_megatron.checkpoint.sizes import size_text
 from clipo_megatron.checks.host_memory import allowed_bytes
 from clipo_megatron.checks.memory import estimate_memory
@@ -66,7 +67,7 @@ def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
     recipe, folder = case.recipe, Path(case.recipe.run.folder) / case.recipe.run.name
     is_gpu = recipe.run.device != "cpu"
     findings = [
-        check_writable("run folder", folder),
+        check_writable("run folder", folder, needs_lock=True),
         *(check_writable("log folder", path) for path in case.log_folders),
         check_shared_folder(recipe),
         *(check_temporary(Path(path)) for path in dict.fromkeys([_SCRATCH, os.environ.get("TMPDIR") or _SCRATCH])),
@@ -90,8 +91,14 @@ def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
     return findings, facts
 
 
-def check_writable(name: str, folder: Path) -> Finding:
-    """A file can be made, written, brought to the disk and removed in a folder, or in the nearest one that exists."""
+def check_writable(name: str, folder: Path, *, needs_lock: bool = False) -> Finding:
+    """A file can be made, written, brought to the disk and removed in a folder, or in the nearest one that exists.
+
+    Args:
+        name: of the finding.
+        folder: may be there or not.
+        needs_lock: try as well whether a file can be locked there, as a run locks its folder.
+    """
     there = existing_folder(folder)
     remedy = f"give this host the right to write to {there} (mounted read-only? full? other owner?), or choose another folder"
     try:
@@ -101,6 +108,11 @@ def check_writable(name: str, folder: Path) -> Finding:
             file.flush()
             os.fsync(file.fileno())
             seconds = time.perf_counter() - started
+            if needs_lock:
+                take_lock(file.fileno(), there, otherwise="choose a run.folder on another file system")
+    except ConfigError as error:
+        cause, _, remedy = str(error).rpartition("; ")
+        return fail(name, cause, remedy)
     except OSError as error:
         return fail(name, f"{folder}: can't be written to on this host ({error.strerror or error})", remedy)
     rate = 1 / max(seconds, 1e-6)
