@@ -24,6 +24,7 @@ from clipo_megatron.checks.preflight import existing_folder
 from clipo_megatron.doctor.devices import device_facts, device_findings
 from clipo_megatron.doctor.finding import Finding, fail, ok, skip, warn
 from clipo_megatron.doctor.imports import check_confinement, check_imports
+from clipo_megatron.doctor.job_time import check_time, read_pace
 from clipo_megatron.doctor.packages import package_facts, package_findings
 from clipo_megatron.doctor.shared_folder import check_shared_folder, model_facts
 from clipo_megatron.errors import ConfigError, WorkerError
@@ -80,7 +81,7 @@ def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
         *check_ports(case.ports),
         check_free_ports(case.find_ports),
         check_host_memory(recipe, available=allowed_bytes(), ranks=_ranks_here(recipe)),
-        check_time(os.environ, _slowest_step(folder / "metrics.jsonl")),
+        check_time(os.environ, read_pace(folder / "metrics.jsonl")),
         *package_findings(recipe),
         *device_findings(recipe, needs_torch=case.needs_torch),
         # On a CPU the run's own workers tell as soon, and the nodes of a job have better to do.
@@ -281,20 +282,6 @@ def check_host_memory(recipe: Recipe, *, available: int | None, ranks: int) -> F
     return ok(name, cause)
 
 
-def check_time(environment: Mapping[str, str], slowest_step_s: float | None, *, now: float | None = None) -> Finding:
-    """The time that is left of the job against the slowest step of an earlier attempt."""
-    name, end = "job time", environment.get("SLURM_JOB_END_TIME", "")
-    if not end.isdigit():
-        return skip(name, "no job of SLURM that tells its end")
-    left = int(end) - (time.time() if now is None else now)
-    if slowest_step_s is None:
-        return ok(name, f"{left / 60:.0f} minutes left; no step was measured yet")
-    cause = f"{left / 60:.0f} minutes left, the slowest step so far took {slowest_step_s / 60:.1f} minutes"
-    if left < 2 * slowest_step_s:
-        return fail(name, cause, "ask for more time (--time): no step would end")
-    return ok(name, cause)
-
-
 def _ranks_here(recipe: Recipe) -> int:
     nodes = os.environ.get("SLURM_NNODES", os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     return -(-recipe.layout.world_size // max(1, int(nodes) if nodes.isdigit() else 1))
@@ -304,20 +291,6 @@ def _shared_memory_needed(recipe: Recipe) -> int:
     if recipe.run.device != "cpu":
         return 4 * _GIB
     return _OBJECT_STORE + 4 * (recipe.sync.bucket_mib << 20)
-
-
-def _slowest_step(metrics: Path) -> float | None:
-    import json
-
-    if not metrics.is_file():
-        return None
-    found = []
-    for line in metrics.read_text(errors="replace").splitlines()[-50:]:
-        try:
-            found.append(float(json.loads(line)["seconds/step"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return max(found, default=None)
 
 
 def _clock_fact(folder: Path) -> dict[str, str]:

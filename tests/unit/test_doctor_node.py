@@ -9,6 +9,7 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from support.tiny_models import make_tiny_hf
 from clipo_megatron.cli.doctor import read_ports
 from clipo_megatron.doctor import node, packages
 from clipo_megatron.doctor.finding import Status
+from clipo_megatron.doctor.job_time import Pace, check_time, read_pace
 from clipo_megatron.doctor.node import NodeCase, run_node
 from clipo_megatron.recipe import load_recipe
 from clipo_megatron.slurm.ports import free_ports
@@ -202,13 +204,26 @@ def test_host_memory_below_what_the_ranks_need_is_found(recipe):
     assert node.check_host_memory(recipe, available=None, ranks=3).status is Status.SKIP
 
 
-def test_a_job_that_ends_before_two_steps_would_is_found(recipe, tmp_path, monkeypatch):
+def test_a_job_that_ends_before_one_step_and_its_save_would_is_found(recipe, tmp_path, monkeypatch):
     (tmp_path / "runs" / "r").mkdir(parents=True)
-    (tmp_path / "runs" / "r" / "metrics.jsonl").write_text('{"step": 1, "seconds/step": 500.0}\nnot json\n')
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(node.time.time()) + 900))
+    rows = [
+        {"step": 1, "seconds/step": 500.0},
+        {"step": 2, "seconds/step": 20.0, "checkpoint/snapshot_seconds": 10.0, "checkpoint/write_seconds": 30.0},
+    ]
+    lines = [*(json.dumps(row) for row in rows), "[1]", '{"step": 3, "seconds/st']
+    (tmp_path / "runs" / "r" / "metrics.jsonl").write_text("\n".join(lines))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 530))
     assert failed(NodeCase(recipe=recipe)) == {"job time"}
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(node.time.time()) + 1100))
-    assert failed(NodeCase(recipe=recipe)) == set()
+    assert read_pace(tmp_path / "runs" / "r" / "metrics.jsonl") == Pace(step_s=500.0, save_s=40.0)
+    assert read_pace(tmp_path / "none") is None
+
+
+def test_a_run_of_one_step_an_allocation_gets_its_second_attempt():
+    pace, one_step, two_steps = Pace(step_s=31 * 60, save_s=60), 32 * 60, 63 * 60
+    ends = {one_step - 1: "FAIL", one_step: "WARN", 3600: "WARN", two_steps - 1: "WARN", two_steps: "OK"}
+    found = {end: check_time({"SLURM_JOB_END_TIME": str(end)}, pace, now=0.0).status for end in ends}
+    assert found == ends
+    assert check_time({"SLURM_JOB_END_TIME": "1"}, None, now=0.0).status is Status.OK
 
 
 def test_a_missing_package_is_found(recipe, monkeypatch):
