@@ -71,7 +71,7 @@ def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
         check_writable("run folder", folder, needs_lock=True),
         *(check_writable("log folder", path) for path in case.log_folders),
         check_shared_folder(recipe),
-        *(check_temporary(Path(path)) for path in dict.fromkeys([_SCRATCH, os.environ.get("TMPDIR") or _SCRATCH])),
+        *(check_temporary(Path(path), holds_ray=path == _SCRATCH) for path in _temporary_folders()),
         check_socket_path(os.environ.get("RAY_TMPDIR") or _SCRATCH),
         check_shared_memory(Path("/dev/shm"), needed=_shared_memory_needed(recipe)),
         check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
@@ -122,9 +122,18 @@ def check_writable(name: str, folder: Path, *, needs_lock: bool = False) -> Find
     return ok(name, f"{there}: can be written to")
 
 
-def check_temporary(folder: Path) -> Finding:
-    """Room in the folder of temporary files, where Ray keeps its session."""
+def check_temporary(folder: Path, *, holds_ray: bool) -> Finding:
+    """Room in a folder of temporary files.
+
+    Args:
+        folder: /tmp, where Ray keeps its session and engines their files, or TMPDIR, where all others do.
+        holds_ray: it is the former, which no variable moves: its path is part of the paths of sockets, which are short.
+    """
     name = "temporary folder"
+    if holds_ray:
+        other = f"let the site enlarge it: Ray's session is in {folder} whatever TMPDIR says"
+    else:
+        other = "set TMPDIR to another local folder with room"
     try:
         free = shutil.disk_usage(folder).free
         # Blocks may be left where inodes, or a quota, are not.
@@ -132,11 +141,10 @@ def check_temporary(folder: Path) -> Finding:
             file.write(b"\0" * 4096)
             file.flush()
     except OSError as error:
-        return fail(
-            name, f"{folder}: can't be written to ({error.strerror or error})", f"free space in {folder} on this host"
-        )
+        cause = f"{folder}: can't be written to ({error.strerror or error})"
+        return fail(name, cause, f"free space in {folder} on this host, or {other}")
     cause = f"{folder}: {size_text(free)} free"
-    remedy = f"remove old files from {folder} on this host, or set TMPDIR to a local folder with room"
+    remedy = f"remove old files from {folder} on this host, or {other}"
     if free < _LEAST_TEMPORARY:
         return fail(name, cause, remedy)
     return warn(name, cause, remedy) if free < _GOOD_TEMPORARY else ok(name, cause)
@@ -280,6 +288,10 @@ def check_host_memory(recipe: Recipe, *, available: int | None, ranks: int) -> F
     if needed > available:
         return fail(name, cause, "ask for more memory (--mem=0), or turn off optimizer.cpu_offload or the KL reference")
     return ok(name, cause)
+
+
+def _temporary_folders() -> list[str]:
+    return list(dict.fromkeys([_SCRATCH, os.environ.get("TMPDIR") or _SCRATCH]))
 
 
 def _ranks_here(recipe: Recipe) -> int:

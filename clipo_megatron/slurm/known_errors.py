@@ -149,8 +149,8 @@ KNOWN_ERRORS = (
     ),
     _known(
         r"AF_UNIX path length cannot exceed|AF_UNIX path too long",
-        "the path of Ray's temporary folder is too long for a socket",
-        "set TMPDIR to a short folder such as /tmp",
+        "the path of a temporary folder is too long for a socket ({line})",
+        "set TMPDIR to a short folder such as /tmp; a Ray cluster of your own needs a short --temp-dir",
     ),
     # Engines.
     _known(

@@ -96,16 +96,28 @@ def test_a_full_temporary_folder_is_found(recipe, tmp_path, monkeypatch):
         monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
         with contextlib.suppress(OSError), (tmp_path / "tmp" / "full").open("wb") as file:
             file.write(b"\0" * (1 << 20))
-        findings = [node.check_temporary(tmp_path / "tmp")]
+        findings = [node.check_temporary(tmp_path / "tmp", holds_ray=False)]
         assert failed(NodeCase(recipe=recipe)) == {"temporary folder"}
     assert "No space left" in findings[0].cause
 
 
 def test_a_small_temporary_folder_is_found_before_it_is_full(tmp_path):
     with small_file_system(tmp_path / "tmp", "tmpfs", "size=10m"):
-        assert node.check_temporary(tmp_path / "tmp").status is Status.FAIL
+        assert node.check_temporary(tmp_path / "tmp", holds_ray=False).status is Status.FAIL
     with small_file_system(tmp_path / "tmp", "tmpfs", "size=1g"):
-        assert node.check_temporary(tmp_path / "tmp").status is Status.WARN
+        assert node.check_temporary(tmp_path / "tmp", holds_ray=False).status is Status.WARN
+
+
+def test_no_variable_is_offered_that_would_not_move_a_full_folder(tmp_path):
+    """TMPDIR moves the temporary files of Python; Ray's session is in /tmp, as a folder of that name in the code says."""
+    missing = tmp_path / "none"
+    of_ray, other = (node.check_temporary(missing, holds_ray=holds_ray) for holds_ray in (True, False))
+    assert of_ray.status is other.status is Status.FAIL
+    assert "set TMPDIR" not in of_ray.remedy
+    assert "whatever TMPDIR says" in of_ray.remedy
+    assert "set TMPDIR" in other.remedy
+    for file in ("cluster/session.py", "slurm/ray_node.py"):
+        assert f'"{node._SCRATCH}"' in (Path(node.__file__).parents[1] / file).read_text()
 
 
 def test_too_little_shared_memory_is_found(tmp_path):
