@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from clipo_megatron.errors import ConfigError
-from clipo_megatron.slurm.job_folder import jobs_folder, read_job
+from clipo_megatron.slurm.fatal_lines import FatalError
+from clipo_megatron.slurm.job_folder import attempts, jobs_folder, read_job
 from clipo_megatron.slurm.job_logs import choose_attempt
-from clipo_megatron.slurm.why import Explanation, FatalError, explain, explain_output
+from clipo_megatron.slurm.progress import UNKNOWN_STATE, job_state
+from clipo_megatron.slurm.why import Explanation, explain, explain_output
 
 _SHOWN = 10
 _SCONTROL_S = 20.0
@@ -40,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{job}: no folder of a job there; give a job's number, and set CLIPO_JOBS_DIR as the job had it"
             )
-        return _print(explain_output(output))
-    return _print(explain(job, choose_attempt(job, args.attempt), output=output))
+        return _print(explain_output(output), job)
+    return _print(explain(job, choose_attempt(job, args.attempt), output=output), job)
 
 
 def _output(job: Path) -> Path | None:
@@ -61,23 +64,44 @@ def _output(job: Path) -> Path | None:
     return next((path for path in names if path.is_file()), None)
 
 
-def _print(explanation: Explanation) -> int:
-    first, where = explanation.first, explanation.attempt
+def _print(explanation: Explanation, job: Path) -> int:
+    first = explanation.first
     if first is None:
-        print(f"no fatal line in the logs of {where}; its last phase: {explanation.phase or 'none'}")
-        print("running, done, or killed from outside: look at `squeue` and `scontrol show job`")
+        after = " after its last step" if explanation.outlived else ""
+        print(
+            f"no fatal line in the logs of {explanation.attempt}{after}; its last phase: {explanation.phase or 'none'}"
+        )
+        print(_state(explanation, job))
+        _print_errors("what the run went on after, in order of time:", explanation.outlived)
         return 1
     print(f"node:   {first.host}, in phase {first.phase}, {_clock(first)}")
     print(f"cause:  {first.cause}")
     print(f"remedy: {first.remedy}")
     print(f"log:    {first.file}:{first.line}")
-    if explanation.others:
-        print("the others, in order of time:")
-    for error in explanation.others[:_SHOWN]:
-        print(f"  {_clock(error)} {error.host} {error.phase}: {error.cause[:200]} ({error.file.name}:{error.line})")
-    if len(explanation.others) > _SHOWN:
-        print(f"  and {len(explanation.others) - _SHOWN} more")
+    _print_errors("the others, in order of time:", explanation.others)
     return 0
+
+
+def _print_errors(title: str, errors: Sequence[FatalError]) -> None:
+    if errors:
+        print(title)
+    for error in errors[:_SHOWN]:
+        print(f"  {_clock(error)} {error.host} {error.phase}: {error.cause[:200]} ({error.file.name}:{error.line})")
+    if len(errors) > _SHOWN:
+        print(f"  and {len(errors) - _SHOWN} more")
+
+
+def _state(explanation: Explanation, job: Path) -> str:
+    """Of an attempt without a cause: what became of it, as far as its folder and SLURM tell."""
+    if explanation.last_words:
+        return f"the batch script's last words: {explanation.phase}: {explanation.last_words}"
+    found = attempts(job)
+    if explanation.attempt in found[:-1]:
+        return f"{found[found.index(explanation.attempt) + 1].name} followed it"
+    state = job_state(job.name)
+    if state == UNKNOWN_STATE:
+        return "SLURM does not tell its state (any more): running, or killed from outside; look at `squeue` and `sacct`"
+    return f"the job's state: {state}, as SLURM tells it"
 
 
 def _clock(error: FatalError) -> str:

@@ -16,12 +16,30 @@ class KnownError:
     remedy: str
     is_follower: bool = False
     """Usually told by those whom another's failure has hit."""
+    is_end: bool = False
+    """SLURM's word of the end of the job: nothing went on after it."""
     in_any_line: bool = True
     """False: only as the last line of a traceback, for elsewhere it is talk."""
 
 
-def find_known(line: str, *, is_exception: bool = False) -> tuple[str, str, bool] | None:
-    """(cause, remedy, is a follower) of a line; None where it is no known fatal one.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meaning:
+    """What a fatal line tells."""
+
+    cause: str
+    remedy: str
+    is_follower: bool = False
+    """It only tells that another failed."""
+    is_end: bool = False
+    """It tells of the end of the job's attempt itself."""
+    host: str = ""
+    """Empty where the line names none."""
+    phase: str = ""
+    """Empty where the line names none."""
+
+
+def find_known(line: str, *, is_exception: bool = False) -> Meaning | None:
+    """The meaning of a line; None where it is no known fatal one.
 
     Args:
         line: of a log.
@@ -30,7 +48,12 @@ def find_known(line: str, *, is_exception: bool = False) -> tuple[str, str, bool
     for known in KNOWN_ERRORS:
         if (is_exception or known.in_any_line) and (match := known.pattern.search(line)):
             groups = {name: value or "" for name, value in match.groupdict().items()}
-            return known.cause.format(line=_short(line), **groups), known.remedy, known.is_follower
+            return Meaning(
+                cause=known.cause.format(line=_short(line), **groups),
+                remedy=known.remedy,
+                is_follower=known.is_follower,
+                is_end=known.is_end,
+            )
     return None
 
 
@@ -39,9 +62,22 @@ def _short(line: str) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def _known(pattern: str, cause: str, remedy: str, *, is_follower: bool = False, in_any_line: bool = True) -> KnownError:
+def _known(
+    pattern: str,
+    cause: str,
+    remedy: str,
+    *,
+    is_follower: bool = False,
+    is_end: bool = False,
+    in_any_line: bool = True,
+) -> KnownError:
     return KnownError(
-        pattern=re.compile(pattern), cause=cause, remedy=remedy, is_follower=is_follower, in_any_line=in_any_line
+        pattern=re.compile(pattern),
+        cause=cause,
+        remedy=remedy,
+        is_follower=is_follower,
+        is_end=is_end,
+        in_any_line=in_any_line,
     )
 
 
@@ -51,6 +87,7 @@ KNOWN_ERRORS = (
         r"CANCELLED AT (?P<when>\S+) DUE TO TIME LIMIT",
         "the time limit of the job was reached at {when}",
         "submit it again: it goes on from its newest checkpoint; ask for more --time, or lower checkpoint.every",
+        is_end=True,
     ),
     _known(
         r"Node failure on (?P<node>\S+)",
@@ -62,11 +99,27 @@ KNOWN_ERRORS = (
         "another node of the job failed at {when}",
         "requeue the job (it goes on from its newest checkpoint); `sinfo -R` names the node: --exclude it if it fails again",
         is_follower=True,
+        is_end=True,
     ),
     _known(
         r"CANCELLED AT (?P<when>\S+) DUE TO PREEMPTION",
         "the job was preempted at {when}",
         "it goes on from its newest checkpoint when it is requeued",
+        is_end=True,
+    ),
+    _known(
+        # No reason after the time: scancel. Of a JOB only, for the batch script ends STEPs itself.
+        r"\*\*\* JOB \S+ ON \S+ CANCELLED AT (?P<when>\S+) \*\*\*",
+        "the job was cancelled at {when} by scancel or an administrator",
+        "submit it again with the same command: it goes on from its newest checkpoint",
+        is_end=True,
+    ),
+    _known(
+        r"^\S+ \w+ SLURM ends the job$",  # of the batch script
+        "SLURM ended the job: scancel, its time limit, or a lost node",
+        "look at `sacct -j` or `scontrol show job` for which it was; the same command goes on from the newest checkpoint",
+        is_follower=True,
+        is_end=True,
     ),
     _known(
         r"[Dd]etected \d+ oom[-_]kill event|Out Of Memory|oom-kill|OOM Killed|[Oo]ut of memory: Killed process",

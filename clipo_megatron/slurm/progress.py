@@ -12,6 +12,8 @@ import yaml
 
 from clipo_megatron.slurm.job_folder import LOST_FILE, PHASE_FILE, Job, attempts
 
+UNKNOWN_STATE = "unknown"
+"""Where there is no SLURM, or it has forgotten the job."""
 _RECENT = 10
 _SCONTROL_S = 20
 
@@ -21,7 +23,7 @@ class JobProgress:
     """Of one job."""
 
     state: str
-    """SLURM's word; "unknown" where it does not tell (any more)."""
+    """SLURM's word, or `UNKNOWN_STATE`."""
     attempt: int
     """From 0; -1 before the first."""
     phase: str
@@ -72,7 +74,7 @@ def job_progress(folder: Path, job: Job) -> JobProgress:
 
 
 def job_state(number: str) -> str:
-    """SLURM's state of a job, as RUNNING; "unknown" where there is no SLURM, or it has forgotten the job."""
+    """SLURM's state of a job, as RUNNING, or `UNKNOWN_STATE`."""
     try:
         shown = subprocess.run(
             ["scontrol", "--oneliner", "show", "job", number],
@@ -82,9 +84,9 @@ def job_state(number: str) -> str:
             check=False,
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return UNKNOWN_STATE
     words = [word.removeprefix("JobState=") for word in shown.split() if word.startswith("JobState=")]
-    return words[0] if words else "unknown"
+    return words[0] if words else UNKNOWN_STATE
 
 
 def _rows(path: Path) -> list[dict[str, float]]:

@@ -119,3 +119,79 @@ def test_a_worker_that_ray_killed_for_memory_is_told_by_that_and_not_by_rays_adv
     first = explain(job, folder).first
     assert first.cause == "policy_1 failed: Ray killed a worker because its node ran out of host memory"
     assert "--mem=0" in first.remedy
+
+
+CRASH = """2026-11-24 11:00:00,000 INFO x: engine 0 is process 5 on n2
+2026-11-24 11:00:07,100 ERROR clipo_megatron.cluster.actors: failed in generate
+Traceback (most recent call last):
+  File "/opt/clipo/clipo_megatron/rollout/engine.py", line 8, in generate
+    outputs = self._llm.generate(prompts)
+RuntimeError: CUDA error: uncorrectable ECC error encountered
+"""
+"""Of an engine that was started again."""
+CANCELLED = "slurmstepd: error: *** JOB 4 ON n1 CANCELLED AT 2026-11-24T20:00:00 ***\n"
+
+
+@pytest.mark.parametrize("ended", ["", CANCELLED])
+def test_a_crash_that_the_run_outlived_is_no_cause_of_a_later_cancellation_or_of_a_job_that_runs(
+    attempt, tmp_path, capsys, ended
+):
+    job, folder = attempt(
+        ("batch.log", CHECKS, at(4, 0, 1)),
+        ("run/logs/engine_0.log", CRASH, at(11, 0, 7)),
+        # Ray shows what the engine wrote, without a time; the file's is later than the last step.
+        ("driver.log", STEPS + "RuntimeError: CUDA error: ECC\n" + STEPS, at(20, 0, 1)),
+        ("run/metrics.jsonl", '{"step": 2}\n', at(20, 0, 1)),  # a step that ended while SLURM ended the job
+    )
+    output = tmp_path / "slurm-4.out"
+    output.write_text(CHECKS + ended)
+    os.utime(output, (at(20, 0, 0), at(20, 0, 0)))
+    found = explain(job, folder, output=output)
+    assert {error.file.name for error in found.outlived} == {"engine_0.log", "driver.log"}
+    assert main(["why", str(job)]) == (0 if ended else 1)
+    told = capsys.readouterr().out
+    if ended:
+        assert found.others == ()
+        assert found.first.cause == "the job was cancelled at 2026-11-24T20:00:00 by scancel or an administrator"
+        assert "same command" in found.first.remedy
+    else:
+        assert "no fatal line" in told
+        assert "after its last step" in told
+        assert "ECC" in told.partition("what the run went on after")[2]
+
+
+def test_a_cancelled_job_is_told_by_its_batch_script_where_slurms_output_is_not_found(attempt):
+    job, folder = attempt(("batch.log", CHECKS + "2026-11-24T20:00:00 driver SLURM ends the job\n", at(20, 0, 0)))
+    assert explain(job, folder).first.cause == "SLURM ended the job: scancel, its time limit, or a lost node"
+
+
+@pytest.mark.parametrize(
+    ("reason", "cause"),
+    [
+        (" DUE TO TIME LIMIT", "the time limit of the job was reached"),
+        (" DUE TO PREEMPTION", "the job was preempted"),
+        (" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", "another node of the job failed"),
+    ],
+)
+def test_what_slurm_gives_a_reason_for_is_not_taken_for_scancel(attempt, reason, cause):
+    ended = f"slurmstepd: error: *** JOB 4 ON n1 CANCELLED AT 2026-11-24T20:00:00{reason} ***\n"
+    job, folder = attempt(
+        ("batch.log", CHECKS, at(4, 0, 1)),
+        ("driver.log", ended, at(20, 0, 0)),
+        ("run/metrics.jsonl", '{"step": 2}\n', at(20, 0, 1)),
+    )
+    assert cause in explain(job, folder).first.cause
+
+
+def test_an_attempt_that_was_saved_and_put_back_has_no_cause_and_one_that_lost_a_node_has(attempt, capsys):
+    ends = "2026-11-24T20:00:00 requeue {}; attempt 1 goes on from the newest checkpoint\n"
+    saved = "the run was saved before its end"
+    job, folder = attempt(
+        ("batch.log", CHECKS + ends.format(saved), at(20, 0, 0)),
+        ("run/logs/engine_0.log", CRASH, at(11, 0, 7)),
+        phase="requeue",
+    )
+    assert main(["why", str(job)]) == 1
+    assert f"requeue: {saved}; attempt 1 goes on" in capsys.readouterr().out
+    (folder / "batch.log").write_text(CHECKS + ends.format("a node does not answer"))
+    assert "ECC" in explain(job, folder).first.cause
