@@ -212,7 +212,9 @@ def _progress(console: Console, steps: int) -> Iterator[Callable[[dict[str, floa
         task = progress.add_task("training", total=steps)
 
         def on_row(row: dict[str, float]) -> None:
-            console.print(_line(row, steps), highlight=False, soft_wrap=True)
+            line = _line(row, steps)
+            console.print(line, highlight=False, soft_wrap=True)
+            logging.getLogger(__name__).info("%s", line)  # with its time: `clipo why` tells by it what the run outlived
             progress.update(task, completed=row["step"])
 
         yield on_row

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from clipo_megatron.slurm.job_logs import CHECKS, Log
 from clipo_megatron.slurm.known_errors import Meaning, find_known
+from clipo_megatron.slurm.log_times import is_dated
 
 WORKER = re.compile(r"\b(?:policy|engine)_\d+\b")
 LOST = "the node was lost: "
@@ -18,6 +19,7 @@ _OWN_SHORT = re.compile(r"^clipo: (?!error: )(?P<text>.+)")
 _OWN_END = re.compile(rf"^{LOST}|\bSLURM ended the attempt on ")
 _FAILED_IN = re.compile(r"\bfailed in (?P<phase>\w+)$")
 _TRACEBACK = "Traceback (most recent call last):"
+_OPENS_TRACEBACK = re.compile(r"\b(?:WARNING|ERROR|CRITICAL)\b")
 _EXCEPTION = re.compile(
     r"^(?:[\w.]+: )?(?P<name>[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Failure|Timeout|Full|Empty))\b(?P<text>.*)"
 )
@@ -74,13 +76,20 @@ def scan_log(log: Log) -> list[FatalError]:
                     remedy=found.remedy,
                     file=log.path,
                     line=log.first_line + number,
-                    moment=log.times[number],
+                    moment=_moment(log, start, number),
                     is_follower=found.is_follower,
                     is_end=found.is_end,
                 )
             )
         number += 1
     return errors
+
+
+def _moment(log: Log, start: int, number: int) -> float:
+    """When the fatal line `number` was written: of a traceback that begins at `start`, as the record that opens it tells."""
+    before = log.lines[start - 1] if start < number and start else ""
+    opens = not is_dated(log.lines[number]) and is_dated(before) and _OPENS_TRACEBACK.search(before)
+    return log.times[start - 1] if opens else log.times[number]
 
 
 def _of_line(line: str) -> Meaning | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.slurm.job_folder import attempts, read_job
-from clipo_megatron.slurm.log_times import line_times
+from clipo_megatron.slurm.log_times import is_dated, line_times
 
 LARGEST_BYTES = 32 << 20
 """Of a log: of a larger one its end is read."""
@@ -36,29 +38,80 @@ class Log:
     """Number of `lines[0]` in the file."""
 
 
-def read_logs(job: Path, attempt: Path, *, output: Path | None = None) -> list[Log]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """When an attempt ran, as the batch scripts told."""
+
+    begin: float
+    """Unix time; 0 where it is unknown."""
+    end: float
+    """Of all that can be its own: when the run was started the next time, by this job or another; infinite where it was not."""
+    host: str
+    """The attempt's first node, or `UNKNOWN_HOST`."""
+
+    def holds(self, moment: float) -> bool:
+        """Whether something was written by this attempt; times have whole seconds in some logs."""
+        return self.begin - 1 <= moment < self.end
+
+
+def find_span(job: Path, attempt: Path) -> Span:
+    """When an attempt began, and when its run was started the next time.
+
+    Args:
+        job: folder of the job, beside those of others.
+        attempt: folder of the attempt, in it.
+    """
+    begin, host = _beginning(attempt / "batch.log")
+    found = attempts(job)
+    later = found[found.index(attempt) + 1 :] if attempt in found else []
+    # The same command, submitted again, goes on in the same run's folder.
+    with contextlib.suppress(ConfigError, OSError):
+        run = read_job(job).run_folder
+        later += [path for folder in job.parent.iterdir() if folder != job for path in _attempts_of_run(folder, run)]
+    begins = [_beginning(path / "batch.log")[0] for path in later]
+    return Span(begin=begin, end=min((other for other in begins if other > begin > 0), default=math.inf), host=host)
+
+
+def _attempts_of_run(folder: Path, run: str) -> list[Path]:
+    try:
+        return attempts(folder) if read_job(folder).run_folder == run else []
+    except ConfigError:  # no folder of a job
+        return []
+
+
+def read_logs(job: Path, attempt: Path, span: Span, *, output: Path | None = None) -> list[Log]:
     """The logs of an attempt; a file that can't be read is left out.
 
     Args:
         job: folder of the job.
         attempt: folder of the attempt, in it.
+        span: of the attempt.
         output: SLURM's own output file of the job, which all attempts append to.
     """
     number = int(attempt.name.rpartition("-")[2])
     batch = attempt / "batch.log"
-    start, first_host = _beginning(batch)
-    logs = [_log(batch, host=first_host, phase="batch")]
+    logs = [_log(batch, host=span.host, phase="batch")]
     for path in sorted(attempt.glob("*.log")):
         if path != batch:
-            host, phase = _host_and_phase(path, first_host)
+            host, phase = _host_and_phase(path, span.host)
             logs.append(_log(path, host=host, phase=phase))
     if output is not None:
-        logs.append(_of_attempt(_log(output, host=first_host, phase="batch"), number))
+        logs.append(_of_attempt(_log(output, host=span.host, phase="batch"), number))
     for path in _worker_logs(job, attempt):
-        log = _log(path, host=UNKNOWN_HOST, phase=path.stem)
+        log = _within(span, _log(path, host=UNKNOWN_HOST, phase=path.stem))
         named = [match["host"] for line in log.lines if (match := _HOST_OF_WORKER.search(line))]
-        logs.append(_since(start, _with_host(log, named[-1] if named else UNKNOWN_HOST)))
+        logs.append(replace(log, host=named[-1] if named else UNKNOWN_HOST))
     return [log for log in logs if log.lines]
+
+
+def read_run_log(run: Path, span: Span) -> Log:
+    """What the run's driver logged in an attempt: its steps, with their times.
+
+    Args:
+        run: folder of the run.
+        span: of the attempt.
+    """
+    return _within(span, _log(run / "driver.log", host=span.host, phase="driver"))
 
 
 def read_output(output: Path) -> Log:
@@ -135,21 +188,22 @@ def _of_attempt(log: Log, number: int) -> Log:
     )
 
 
-def _since(start: float, log: Log) -> Log:
-    """The part of a log that was written since an attempt began; times have whole seconds in some logs."""
-    first = next((n for n, moment in enumerate(log.times) if moment >= start - 1), len(log.lines))
-    return Log(
-        path=log.path,
-        host=log.host,
-        phase=log.phase,
-        lines=log.lines[first:],
-        times=log.times[first:],
-        first_line=first + 1,
-    )
+def _within(span: Span, log: Log) -> Log:
+    """The part of a log that an attempt wrote: a line without a time belongs to the record before it.
 
-
-def _with_host(log: Log, host: str) -> Log:
-    return Log(path=log.path, host=host, phase=log.phase, lines=log.lines, times=log.times)
+    The first lines belong to the record after them; a file without any times is all of its last writing's.
+    """
+    dated = [number for number, line in enumerate(log.lines) if is_dated(line)]
+    inside = [number for number in dated if span.holds(log.times[number])]
+    first, stop = 0, len(log.lines)
+    if inside:
+        first = 0 if inside[0] == dated[0] else inside[0]
+        stop = next((number for number in dated if number > inside[-1]), stop)
+    elif dated or not log.times or not span.holds(log.times[-1]):
+        stop = 0
+    # The last lines have the time of a record that is the next attempt's.
+    times = [min(moment, span.end) for moment in log.times[first:stop]]
+    return replace(log, lines=log.lines[first:stop], times=times, first_line=first + 1)
 
 
 def _host_and_phase(path: Path, first: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ _SHORT = re.compile(r"\b(?:ERROR|WARNING|INFO) (\d\d)-(\d\d) (\d\d:\d\d:\d\d)")
 """Of vLLM: month and day."""
 _GLOG = re.compile(r"\b[EWIF](\d\d)(\d\d) (\d\d:\d\d:\d\d)(?:\.(\d{1,6}))?")
 """Of torch's C++ code: [rank3]:[E1124 04:00:00.123456 ...]."""
+_LEAP_YEAR = 2024
 _HEAD = 120
 """Characters of a line in which its own time stands."""
 
@@ -34,6 +35,11 @@ def line_times(lines: Sequence[str], *, written: float) -> list[float]:
         following = following if found is None else found
         times[number] = following
     return times
+
+
+def is_dated(line: str) -> bool:
+    """Whether a line tells a time of its own."""
+    return line_time(line, year=_LEAP_YEAR) is not None
 
 
 def line_time(line: str, *, year: int) -> float | None:

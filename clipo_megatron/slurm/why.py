@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,9 @@ from pathlib import Path
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.slurm.fatal_lines import LOST, WORKER, FatalError, scan_log
 from clipo_megatron.slurm.job_folder import read_job
-from clipo_megatron.slurm.job_logs import UNKNOWN_HOST, Log, read_logs, read_output
+from clipo_megatron.slurm.job_logs import UNKNOWN_HOST, Log, Span, find_span, read_logs, read_output, read_run_log
 from clipo_megatron.slurm.late_workers import LATE, suspects
-from clipo_megatron.slurm.log_times import line_time
+from clipo_megatron.slurm.log_times import is_dated
 
 _BATCH_ENDS = re.compile(r"^\S+ (?:done|requeue|retry) (?P<text>.*)")
 _SAVED = re.compile(r"^(?:the run was saved|asked to stop)\b")
@@ -53,7 +52,8 @@ def explain(job: Path, attempt: Path, *, output: Path | None = None) -> Explanat
         attempt: folder of the attempt, in it.
         output: SLURM's own output file of the job.
     """
-    logs = read_logs(job, attempt, output=output)
+    span = find_span(job, attempt)
+    logs = read_logs(job, attempt, span, output=output)
     hosts = {log.phase: log.host for log in logs if log.host != UNKNOWN_HOST}
     by_name = {log.phase: log for log in logs}
     phase_file = attempt / "phase"
@@ -63,7 +63,7 @@ def explain(job: Path, attempt: Path, *, output: Path | None = None) -> Explanat
     # What comes after that is brought about by the batch script's own stopping of all steps.
     errors = sorted((error for error in found if error.moment <= stopped), key=_order)
     is_well = phase == "done" or bool(_SAVED.match(last_words))
-    ended = [] if is_well else _that_ended_it(errors, logs, progress=_last_step(job, logs))
+    ended = [] if is_well else _that_ended_it(errors, logs, progress=_last_step(job, span, logs))
     outlived = _once(error for error in errors if error not in ended)
     ended = _once([error for error in ended if not _NEWS.search(error.cause)] or ended)
     causes = [error for error in ended if error.cause.startswith(LOST)] or [e for e in ended if not e.is_follower]
@@ -98,14 +98,21 @@ def _that_ended_it(errors: Sequence[FatalError], logs: Sequence[Log], *, progres
     return [error for error in errors if error in last or newest.get(error.file.stem) is error]
 
 
-def _last_step(job: Path, logs: Sequence[Log]) -> float:
-    """When the run last told of a step: in a line with a time, or by a row of its metrics."""
-    year = time.localtime().tm_year
-    lines = (line for log in logs for line in log.lines if _PROGRESS.search(line))
-    told = [moment for line in lines if (moment := line_time(line, year=year)) is not None]
+def _last_step(job: Path, span: Span, logs: Sequence[Log]) -> float:
+    """When the attempt last told of a step: in a line with a time, in the last line of a file, or by a row of its metrics."""
+    logs, moments = list(logs), []
     with contextlib.suppress(ConfigError, OSError):  # no step was ever done
-        told.append((Path(read_job(job).run_folder) / "metrics.jsonl").stat().st_mtime)
-    return max(told, default=0.0)
+        run = Path(read_job(job).run_folder)
+        logs.append(read_run_log(run, span))
+        moments.append((run / "metrics.jsonl").stat().st_mtime)  # of the newest attempt of all
+    for log in logs:
+        last = len(log.lines) - 1
+        moments += [
+            log.times[number]
+            for number, line in enumerate(log.lines)
+            if _PROGRESS.search(line) and (number == last or is_dated(line))
+        ]
+    return max((moment for moment in moments if span.holds(moment)), default=0.0)
 
 
 def _stopped(logs: Sequence[Log]) -> tuple[float, str]:

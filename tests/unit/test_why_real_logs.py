@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from clipo_megatron.cli.main import main
+from clipo_megatron.cli.train import _progress
 from clipo_megatron.slurm.why import explain
 
 NO_ROWS = """2026-11-24 04:10:03,000 INFO clipo_megatron.cluster: rank 1 is process 9 on n2
@@ -195,3 +199,92 @@ def test_an_attempt_that_was_saved_and_put_back_has_no_cause_and_one_that_lost_a
     assert f"requeue: {saved}; attempt 1 goes on" in capsys.readouterr().out
     (folder / "batch.log").write_text(CHECKS + ends.format("a node does not answer"))
     assert "ECC" in explain(job, folder).first.cause
+
+
+def test_a_cause_that_was_outlived_once_and_came_back_is_a_cause(attempt):
+    again = CRASH.replace(" 11:00", " 19:00")
+    job, folder = attempt(
+        ("batch.log", CHECKS, at(4, 0, 1)),
+        ("run/logs/engine_0.log", CRASH + again, at(19, 0, 7)),
+        ("run/metrics.jsonl", '{"step": 2}\n', at(12, 0, 1)),
+    )
+    found = explain(job, folder)
+    assert (int(found.first.moment), len(found.outlived)) == (at(19, 0, 7), 1)
+
+
+OOM = NO_ROWS.replace(" 04:1", " 15:0").replace(
+    "ValueError: micro-batch 3 has no rows; raise", "OutOfMemoryError: CUDA"
+)
+AGAIN = NO_ROWS.replace(" 04:1", " 16:2").replace("on n2", "on n3")
+"""Of the same worker, in the next attempt."""
+
+
+@pytest.mark.parametrize("next_one", ["4/attempt-1", "5/attempt-0"])
+def test_an_older_attempt_is_told_by_what_it_wrote_before_the_run_was_started_again(attempt, tmp_path, next_one):
+    """By the same job, or by the same command submitted again."""
+    job, folder = attempt(
+        ("batch.log", CHECKS, at(15, 2, 9)),
+        ("run/logs/policy_1.log", OOM + AGAIN, at(16, 22, 8)),
+        ("run/metrics.jsonl", '{"step": 2}\n', at(16, 21, 0)),
+    )
+    following = tmp_path / "jobs" / next_one
+    following.mkdir(parents=True)
+    begins = CHECKS.replace("T04:00", "T16:20").replace("attempt 0", f"attempt {next_one[-1]}")
+    (following / "batch.log").write_text(begins)
+    (following / "phase").write_text("driver\n")
+    (following.parent / "job.json").write_text((job / "job.json").read_text())
+    found = explain(job, folder)
+    assert "a GPU ran out of memory" in found.first.cause
+    assert (found.first.host, int(found.first.moment), found.others) == ("n2", at(15, 2, 7), ())
+    newest = explain(following.parent, following)
+    assert (newest.first.host, newest.first.line, newest.others) == ("n3", 12, ())
+    assert newest.first.cause.startswith("ValueError: micro-batch 3")
+
+
+def test_an_older_attempt_went_on_after_what_came_before_the_steps_that_its_driver_logged(attempt, tmp_path, capsys):
+    job, folder = attempt(
+        ("batch.log", CHECKS, at(15, 2, 9)),
+        ("run/logs/engine_0.log", CRASH, at(11, 0, 7)),
+        (
+            "run/driver.log",
+            "2026-11-24 15:00:00,000 INFO clipo_megatron.cli.train: step 1/4  accuracy 0.094  s 0.4\n"
+            "2026-11-24 16:21:00,000 INFO clipo_megatron.cli.train: step 2/4  accuracy 0.094  s 0.4\n",
+            at(16, 21, 0),
+        ),
+        ("run/metrics.jsonl", '{"step": 2}\n', at(16, 21, 0)),
+    )
+    (job / "attempt-1").mkdir()
+    (job / "attempt-1" / "batch.log").write_text(CHECKS.replace("T04:00", "T16:20").replace("attempt 0", "attempt 1"))
+    found = explain(job, folder)
+    assert (found.first, len(found.outlived)) == (None, 1)
+    assert main(["why", str(job), "--attempt", "0"]) == 1
+    assert "attempt-1 followed it" in capsys.readouterr().out
+    (tmp_path / "run" / "driver.log").unlink()
+    assert "ECC" in explain(job, folder).first.cause
+
+
+def test_a_step_that_is_a_files_last_line_has_the_files_time(attempt):
+    job, folder = attempt(
+        ("batch.log", CHECKS, at(15, 2, 9)),
+        ("run/logs/engine_0.log", CRASH, at(11, 0, 7)),
+        ("driver.log", STEPS, at(15, 2, 9)),
+    )
+    assert explain(job, folder).first is None
+
+
+def test_the_steps_that_a_run_logs_are_the_ones_that_prove_its_progress(attempt, tmp_path):
+    """The driver's own log has the line of each step, as its screen has, and the time of it."""
+    job, folder = attempt(("batch.log", CHECKS, at(15, 2, 9)), ("run/logs/engine_0.log", CRASH, at(11, 0, 7)))
+    log = logging.FileHandler(tmp_path / "run" / "driver.log")
+    log.setFormatter(logging.Formatter("2026-11-24 15:00:00,000 %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("clipo_megatron")
+    level = logger.level
+    logger.addHandler(log)
+    logger.setLevel(logging.INFO)
+    try:
+        with _progress(Console(file=StringIO()), 4) as on_row:
+            on_row({"step": 1.0, "reward/accuracy": 0.25, "seconds/step": 2.0})
+    finally:
+        logger.removeHandler(log)
+        logger.setLevel(level)
+    assert explain(job, folder).first is None
