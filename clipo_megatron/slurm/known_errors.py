@@ -81,6 +81,14 @@ def _known(
     )
 
 
+def _by_signal(number: int, name: str) -> str:
+    """Pattern of a process that a signal has ended: the signal alone is talk of what may be sent, or may have been."""
+    signal = rf"(?:[Ss]ignal:? {number}\b|(?:[Ss]ignal:? )?{name}\b)"
+    ended = r"(?<!process is )\b(?:[Kk]illed|[Tt]erminated|[Ee]xit(?:ed|s)?|[Ee]nded|[Dd]ied)"
+    between = r"(?: (?:with|by|from|on|of|due|to|a|the|exit|code|None|-?\d+))*"
+    return rf"{ended}{between} {signal}|\*\*\* {name} received|[Ss]ignal {number} \({name}\) received|exitcode *: *-{number}\b"
+
+
 KNOWN_ERRORS = (
     # SLURM's own words.
     _known(
@@ -133,7 +141,9 @@ KNOWN_ERRORS = (
     ),
     # Devices.
     _known(
-        r"(CUDA out of memory|cuda OutOfMemoryError|OutOfMemoryError: CUDA)",
+        # As torch, vLLM's memory pool, NCCL and cuBLAS say it.
+        r"CUDA out of memory|cuda OutOfMemoryError|OutOfMemoryError: CUDA|CUDA [Ee]rror: out of memory"
+        r"|Cuda failure (?:\d+ )?'out of memory'|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED",
         "a GPU ran out of memory ({line})",
         "lower layout.micro_batch_tokens or rollout.gpu_memory_utilization, or recompute more; see `clipo plan memory`",
     ),
@@ -143,9 +153,37 @@ KNOWN_ERRORS = (
         "raise rollout.gpu_memory_utilization or rollout.tp; end other processes on that GPU",
     ),
     _known(
-        r"(uncorrectable (ECC )?error|CUDA error: .*|Xid.*\(PCI.*|GPU is lost|fallen off the bus)",
+        r"device-side assert triggered|cudaErrorAssert\b",
+        "an assertion of a GPU's kernel failed, most often an index out of range ({line})",
+        "a fault of the data or the program, not of the GPU: look for `Assertion` in the lines above; CUDA_LAUNCH_BLOCKING=1 "
+        "gives the true stack; compare token ids with the model's vocabulary",
+    ),
+    _known(
+        r"no kernel image is available|cudaErrorNoKernelImageForDevice|provided PTX was compiled with an unsupported",
+        "a package was not built for this kind of GPU ({line})",
+        "install builds of torch, vLLM and Transformer Engine for its compute capability, or use the container; "
+        "`clipo doctor --level model` tries them",
+    ),
+    _known(
+        r"invalid device ordinal|no CUDA-capable device is detected|No CUDA GPUs are available|CUDA_ERROR_NO_DEVICE",
+        "a process asked for a GPU that it was not given ({line})",
+        "compare CUDA_VISIBLE_DEVICES and `nvidia-smi -L` on that node with --gpus-per-node and the recipe's layout",
+    ),
+    _known(
+        r"CUDA driver version is insufficient|forward compatibility was attempted on non supported HW",
+        "a node's driver is too old for this CUDA ({line})",
+        "exclude the node with --exclude and tell the site, or use packages for the CUDA version of its driver",
+    ),
+    _known(
+        r"(uncorrectable (\w+ )?error|Xid.*\(PCI.*|GPU is lost|fallen off the bus)",
         "a GPU failed ({line})",
         "exclude the node with --exclude and tell the site",
+    ),
+    _known(
+        r"CUDA [Ee]rror: .*",
+        "a CUDA call failed ({line})",
+        "a fault of the program or of the GPU: read the lines above, and `dmesg` of that node for Xid; where it comes on one "
+        "node only, exclude that with --exclude",
     ),
     # Files.
     _known(
@@ -164,7 +202,7 @@ KNOWN_ERRORS = (
         "mount it writable on that node, or choose another run.folder (or CLIPO_JOBS_DIR for the logs)",
     ),
     _known(
-        r"Bus error|SIGBUS|signal 7\b|exit code 135\b",
+        rf"Bus error|{_by_signal(7, 'SIGBUS')}|exit code 135\b",
         "a process ended by a bus error: /dev/shm of that node is full or too small",
         "remove leftovers from /dev/shm there, or enlarge it; in a container give it the host's",
     ),
@@ -231,7 +269,7 @@ KNOWN_ERRORS = (
         is_follower=True,
     ),
     _known(
-        r"srun: error: \S+: tasks? [\d,-]+: (?:Killed|Terminated)|signal 9\b|SIGKILL|exit code 137\b",
+        rf"srun: error: \S+: tasks? [\d,-]+: (?:Killed|Terminated)|{_by_signal(9, 'SIGKILL')}|exit code 137\b",
         "a process was killed ({line})",
         "host memory (dmesg, --mem=0), the end of the job, or someone's hand",
         is_follower=True,
