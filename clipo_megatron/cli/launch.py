@@ -10,12 +10,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from clipo_megatron.errors import ConfigError, WorkerError
 from clipo_megatron.recipe.load import read_recipe
 from clipo_megatron.slurm.job_folder import jobs_folder
-from clipo_megatron.slurm.render import HOME, needs_of, render
+from clipo_megatron.slurm.render import needs_of, render
+from clipo_megatron.slurm.site_file import HOME, HOME_VARIABLE
 
 _SBATCH_S = 60
 
@@ -63,23 +65,29 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "sbatch is not on PATH: run this on a login node of the cluster, or print the script with --render"
         )
+    jobs = jobs_folder()  # where the site's file is at fault, before anything is submitted
+    job = _submit(script, args.sbatch)
+    print(
+        f"job {job}: {needs.nodes + needs.spare_nodes} nodes x {needs.gpus_per_node} GPUs, {needs.time}; its folder will be {jobs / job}"
+    )
+    print(
+        f"  clipo status {job}\n  clipo why {job}\n  scancel --batch --signal=USR1 {job}   # save, and go on in a new attempt"
+    )
+    return 0
+
+
+def _submit(script: str, options: Sequence[str]) -> str:
+    """Number of the new job."""
     done = subprocess.run(
-        ["sbatch", "--parsable", *args.sbatch],
+        ["sbatch", "--parsable", *options],
         input=script,
         text=True,
         capture_output=True,
-        env={"CLIPO_HOME": str(HOME), **os.environ},
+        env={HOME_VARIABLE: str(HOME), **os.environ},
         timeout=_SBATCH_S,
         check=False,
     )
     if done.returncode:
         raise WorkerError(f"sbatch refuses the job: {done.stderr.strip() or done.stdout.strip()}")
     sys.stderr.write(done.stderr)
-    job = done.stdout.strip().split(";")[0]
-    print(
-        f"job {job}: {needs.nodes + needs.spare_nodes} nodes x {needs.gpus_per_node} GPUs, {needs.time}; its folder will be {jobs_folder() / job}"
-    )
-    print(
-        f"  clipo status {job}\n  clipo why {job}\n  scancel --batch --signal=USR1 {job}   # save, and go on in a new attempt"
-    )
-    return 0
+    return done.stdout.strip().split(";")[0]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.slurm.job_folder import JOB_FILE, JOBS_VARIABLE, jobs_folder, read_job
-from clipo_megatron.slurm.progress import JobProgress, job_progress
+from clipo_megatron.slurm.progress import UNKNOWN_STATE, JobProgress, job_progress, slurm_progress
 
 _COLUMNS = ("job", "run", "state", "attempt", "phase", "step", "at", "s/step", "left", "checkpoint", "lost nodes")
 
@@ -29,25 +29,50 @@ def run(args: argparse.Namespace) -> int:
     """Print one line a job.
 
     Raises:
-        ConfigError: a job has no folder here.
+        ConfigError: of all jobs that can't be told of, after the others' lines.
     """
     folder = jobs_folder()
     numbers = args.jobs or sorted(
         (path.parent.name for path in folder.glob(f"*/{JOB_FILE}")), key=lambda name: (len(name), name)
     )
     if not numbers:
-        raise ConfigError(f"{folder.absolute()}: no job has a folder there; set {JOBS_VARIABLE} as the jobs had it")
+        raise ConfigError(
+            f"{folder.absolute()}: no job has a folder there; set {JOBS_VARIABLE} as the jobs had it, here or in slurm/site.env"
+        )
     table = Table(*_COLUMNS, box=None)
+    problems: list[str] = []
     for number in numbers:
-        job = read_job(folder / number)
-        found = job_progress(folder / number, job)
+        try:
+            run_folder, name, found = _look_at(folder / number)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        except OSError as error:
+            problems.append(f"job {number}: the folder of its run can't be read ({error}); see who owns it")
+            continue
         if args.json:
-            print(json.dumps({"job": number, "run_folder": job.run_folder} | dataclasses.asdict(found)))
+            print(json.dumps({"job": number, "run_folder": run_folder} | dataclasses.asdict(found)))
         else:
-            table.add_row(number, Path(job.run_folder).name, *_cells(found))
-    if not args.json:
+            table.add_row(number, name, *_cells(found))
+    if table.row_count:
         Console().print(table)
+    if problems:
+        raise ConfigError(problems)
     return 0
+
+
+def _look_at(folder: Path) -> tuple[str, str, JobProgress]:
+    """(folder of its run, name, progress) of a job: out of its folder, or out of SLURM where it has none yet."""
+    if (folder / JOB_FILE).exists():
+        job = read_job(folder)
+        return job.run_folder, Path(job.run_folder).name, job_progress(folder, job)
+    name, found = slurm_progress(folder)
+    if found.state == UNKNOWN_STATE:
+        raise ConfigError(
+            f"job {folder.name}: no {folder.absolute() / JOB_FILE}, and SLURM does not tell of the job: it has not begun, or its "
+            f"folder is elsewhere; set {JOBS_VARIABLE} as the job had it, here or in slurm/site.env"
+        )
+    return "", name, found
 
 
 def _cells(found: JobProgress) -> tuple[str, ...]:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
-import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.slurm.fatal_lines import FatalError
-from clipo_megatron.slurm.job_folder import attempts, jobs_folder, read_job
+from clipo_megatron.slurm.job_folder import JOBS_VARIABLE, attempts, jobs_folder, read_job
 from clipo_megatron.slurm.job_logs import choose_attempt
-from clipo_megatron.slurm.progress import UNKNOWN_STATE, job_state
+from clipo_megatron.slurm.progress import UNKNOWN_STATE, job_state, job_words, slurm_progress
 from clipo_megatron.slurm.why import Explanation, explain, explain_output
 
 _SHOWN = 10
-_SCONTROL_S = 20.0
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -34,30 +30,29 @@ def run(args: argparse.Namespace) -> int:
     """Print node, cause and remedy of the first failure, then what followed; 1 where no log tells a cause.
 
     Raises:
-        ConfigError: no such job.
+        ConfigError: neither a folder nor SLURM tells of the job.
     """
     job = Path(args.job) if "/" in args.job else jobs_folder() / args.job
     output = _output(job)
-    if not job.is_dir():
-        if output is None:
-            raise ConfigError(
-                f"{job}: no folder of a job there; give a job's number, and set CLIPO_JOBS_DIR as the job had it"
-            )
+    if job.is_dir():
+        return _print(explain(job, choose_attempt(job, args.attempt), output=output), job)
+    if output is not None:
         return _print(explain_output(output), job)
-    return _print(explain(job, choose_attempt(job, args.attempt), output=output), job)
+    state = slurm_progress(job)[1].state
+    if state == UNKNOWN_STATE:
+        raise ConfigError(
+            f"{job}: no folder of a job there, and SLURM does not tell of it: it has not begun, or its folder is elsewhere; "
+            f"give a job's number, and set {JOBS_VARIABLE} as the job had it, here or in slurm/site.env"
+        )
+    print(f"job {job.name} has no folder {job} and no output: SLURM tells of it as {state}")
+    return 1
 
 
 def _output(job: Path) -> Path | None:
     """SLURM's own output file of a job: as SLURM tells while it remembers the job, else where it lies by default."""
     number, folders = job.name, [Path.cwd(), job.parent, job.parent.parent]
-    if shutil.which("scontrol") and number.isdigit():
-        command = ["scontrol", "--oneliner", "show", "job", number]
-        try:
-            told = subprocess.run(command, capture_output=True, text=True, timeout=_SCONTROL_S, check=False).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            told = ""
-        if (match := re.search(r"\bStdOut=(\S+)", told)) and Path(match[1]).is_file():
-            return Path(match[1])
+    if (told := job_words(number).get("StdOut")) and Path(told).is_file():
+        return Path(told)
     with contextlib.suppress(ConfigError):  # it may have failed before job.json was written
         folders.insert(0, Path(read_job(job).folder))
     names = (folder / f"slurm-{number}.out" for folder in folders)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from clipo_megatron.doctor.finding import host_name
 from clipo_megatron.errors import ConfigError
+from clipo_megatron.slurm.site_file import site_value
 
 PORTS_FILE, PHASE_FILE, JOB_FILE, LOST_FILE = "ports", "phase", "job.json", "lost"
 JOBS_VARIABLE = "CLIPO_JOBS_DIR"
@@ -48,8 +49,12 @@ def write_beside(path: Path, text: str) -> None:
 
 
 def jobs_folder() -> Path:
-    """In which the folders of all jobs are."""
-    return Path(os.environ.get(JOBS_VARIABLE) or DEFAULT_JOBS)
+    """In which the folders of all jobs are: as slurm/train.sbatch finds it, out of the site's file and the environment.
+
+    Raises:
+        ConfigError: the site's file can't be read.
+    """
+    return Path(site_value(JOBS_VARIABLE) or DEFAULT_JOBS)
 
 
 def read_job(folder: Path) -> Job:
@@ -68,7 +73,7 @@ def read_job(folder: Path) -> Job:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: can't be read ({error}); give the number of a job of slurm/train.sbatch, and set {JOBS_VARIABLE} as the "
-            "job had it"
+            "job had it, here or in slurm/site.env"
         ) from error
 
 

@@ -132,7 +132,8 @@ def choose_attempt(job: Path, number: int | None) -> Path:
         wanted = "no attempt" if number is None else f"no attempt {number}"
         numbers = ", ".join(map(str, sorted(found))) or "none"
         raise ConfigError(
-            f"{job}: {wanted} of a job there, found {numbers}; give a job's number, and set CLIPO_JOBS_DIR as the job had it"
+            f"{job}: {wanted} of a job there, found {numbers}; give a job's number, and set CLIPO_JOBS_DIR as the job had it, "
+            "here or in slurm/site.env"
         )
     return found[number]
 

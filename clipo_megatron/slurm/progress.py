@@ -73,8 +73,34 @@ def job_progress(folder: Path, job: Job) -> JobProgress:
     )
 
 
+def slurm_progress(folder: Path) -> tuple[str, JobProgress]:
+    """(name, progress) of a job that has no job.json yet, as far as SLURM and what its folder has tell.
+
+    Args:
+        folder: of the job, whether it is there or not.
+    """
+    words, found = job_words(folder.name), attempts(folder)
+    reason = words.get("Reason", "None")
+    return words.get("JobName", ""), JobProgress(
+        state=_state(words) + (f" ({reason})" if reason != "None" else ""),
+        attempt=len(found) - 1,
+        phase=_text(found[-1] / PHASE_FILE).strip() if found else "",
+        step=0,
+        steps=0,
+        doing="",
+        step_s=None,
+        checkpoint="",
+        lost_nodes="",
+    )
+
+
 def job_state(number: str) -> str:
     """SLURM's state of a job, as RUNNING, or `UNKNOWN_STATE`."""
+    return _state(job_words(number))
+
+
+def job_words(number: str) -> dict[str, str]:
+    """What `scontrol show job` tells of a job: JobState, Reason, StdOut ...; empty where SLURM does not know it."""
     try:
         shown = subprocess.run(
             ["scontrol", "--oneliner", "show", "job", number],
@@ -84,25 +110,35 @@ def job_state(number: str) -> str:
             check=False,
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return UNKNOWN_STATE
-    words = [word.removeprefix("JobState=") for word in shown.split() if word.startswith("JobState=")]
-    return words[0] if words else UNKNOWN_STATE
+        return {}
+    words: dict[str, str] = {}
+    for name, equals, value in (word.partition("=") for word in shown.splitlines()[0].split()) if shown else ():
+        if equals:
+            words.setdefault(name, value)
+    return words
+
+
+def _state(words: dict[str, str]) -> str:
+    return words.get("JobState", UNKNOWN_STATE)
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     for line in _text(path).splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break  # being written
-    return [row for row in rows if row.get("step")]
+        rows += [row] if isinstance(row, dict) and row.get("step") else []
+    return rows
 
 
 def _steps(path: Path) -> int:
-    content = yaml.safe_load(_text(path) or "{}")
-    return int(content.get("run", {}).get("steps", 0))
+    try:
+        return int(yaml.safe_load(_text(path))["run"]["steps"])
+    except (yaml.YAMLError, LookupError, TypeError, ValueError):
+        return 0  # not there yet, or being written
 
 
 def _text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(errors="replace") if path.is_file() else ""

@@ -6,13 +6,11 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import clipo_megatron
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.recipe import Recipe
+from clipo_megatron.slurm.site_file import HOME
 
-HOME = Path(clipo_megatron.__file__).parents[1]
 SCRIPT = HOME / "slurm" / "train.sbatch"
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 _NAME = re.compile(r"[^A-Za-z0-9._-]")
