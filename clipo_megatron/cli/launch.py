@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: all faults of the recipe and of what was asked for.
-        WorkerError: sbatch refuses the job.
+        WorkerError: sbatch refuses the job, or does not answer.
     """
     recipe, problems = read_recipe(args.recipe, args.overrides)
     if problems or recipe is None:
@@ -78,15 +78,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _submit(script: str, options: Sequence[str]) -> str:
     """Number of the new job."""
-    done = subprocess.run(
-        ["sbatch", "--parsable", *options],
-        input=script,
-        text=True,
-        capture_output=True,
-        env={HOME_VARIABLE: str(HOME), **os.environ},
-        timeout=_SBATCH_S,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", *options],
+            input=script,
+            text=True,
+            capture_output=True,
+            env={HOME_VARIABLE: str(HOME), **os.environ},
+            timeout=_SBATCH_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise WorkerError(
+            f"sbatch did not end within {_SBATCH_S} s: the job may have been submitted or not; look at `squeue --me` before "
+            "submitting it again, a second one would go on in the same run's folder"
+        ) from error
     if done.returncode:
         raise WorkerError(f"sbatch refuses the job: {done.stderr.strip() or done.stdout.strip()}")
     sys.stderr.write(done.stderr)

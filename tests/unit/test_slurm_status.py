@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from clipo_megatron.cli import launch
 from clipo_megatron.cli.main import main
 from clipo_megatron.slurm.job_folder import jobs_folder
 from clipo_megatron.slurm.render import HOME
@@ -142,3 +144,14 @@ def test_a_sites_file_that_is_none_ends_launch_before_it_submits(place, monkeypa
     assert main(["launch", RECIPE]) == 2
     assert "CLIPO_SITE = /none.env: no such file" in capsys.readouterr().err
     assert not (place / "called").exists()
+
+
+def test_an_sbatch_that_does_not_answer_may_have_submitted_the_job(place, monkeypatch, capsys):
+    program(place, "sbatch", "#!/bin/sh\nexec sleep 30\n")
+    monkeypatch.setattr(launch, "_SBATCH_S", 1)
+    started = time.monotonic()
+    assert main(["launch", RECIPE]) == 1
+    assert time.monotonic() - started < 20
+    told = capsys.readouterr().err
+    assert "sbatch did not end within 1 s: the job may have been submitted" in told
+    assert "squeue --me" in told
