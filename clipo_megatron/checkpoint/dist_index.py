@@ -109,6 +109,8 @@ class WrittenFile:
     checksum: str
     """CRC-32 of all its bytes, 8 hexadecimal digits."""
     chunks: tuple[Chunk, ...]
+    seconds: float = 0.0
+    """That writing it took, where somebody measured; not kept with it."""
 
     def to_json(self) -> dict[str, object]:
         """Plain values for `json.dumps`."""

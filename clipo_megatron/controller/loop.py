@@ -14,7 +14,7 @@ from clipo_megatron.checks.resume import has_optimizer, resume_notes
 from clipo_megatron.checks.resume_model import reference_hash
 from clipo_megatron.controller.clock import PhaseClock
 from clipo_megatron.controller.evaluate import evaluate
-from clipo_megatron.controller.metrics import MetricsWriter
+from clipo_megatron.controller.metrics import MetricsWriter, is_evaluation, read_metrics
 from clipo_megatron.controller.protocols import Engines, Policy
 from clipo_megatron.controller.report import is_sound, mean_accuracy, step_metrics, write_answers, write_rollouts
 from clipo_megatron.controller.saving import CheckpointSaver
@@ -37,7 +37,7 @@ class RunOutcome:
 
     progress: Progress
     stopped: bool
-    """Ended early because it was asked to."""
+    """Ended early: asked to, or out of time."""
     checkpoint: Path | None
     """The newest one; None where time was too short for any."""
     exported: Path | None
@@ -86,6 +86,8 @@ class TrainingLoop:
         """Run to the last step, or until a stop is asked for or time is up.
 
         A step that has not got further than its rollouts is given up then: repeated, it is the same. Others are finished.
+        An evaluation is given up, too, and made when the run goes on. The export of a finished run is left to the next start
+        where time is too short for it.
 
         All checkpoints are complete when it returns, and also when it raises, if the ranks could still write them.
 
@@ -95,20 +97,23 @@ class TrainingLoop:
             WorkerError: a worker failed.
         """
         progress, resumed = self._restore()
+        before = read_metrics(self._folder / "metrics.jsonl") if resumed else []
+        for row in before:  # steps may have taken another time, on other nodes; saves have hardly
+            self._stop.note({key: value for key, value in row.items() if key.startswith("checkpoint/")})
         writer = MetricsWriter(
             self._folder, tensorboard=self._recipe.run.tensorboard, resume_step=progress.step if resumed else None
         )
         try:
             self._step.sync(progress.version)
-            if not resumed and self._evaluation is not None and self._recipe.evaluation.at_start:
-                self._write(writer, {"step": 0.0, "version": 0.0} | self._evaluate(progress))
+            if self._owes_evaluation(progress, before) and (measures := self._evaluate(progress)):
+                self._write(writer, {"step": float(progress.step), "version": float(progress.version)} | measures)
             progress = self._all_steps(writer, progress, saved=progress if resumed else None)
         except (ClipoError, OSError):
             self._saver.rescue()
             raise
         finally:
             writer.close()
-        stopped = progress.step < self._recipe.run.steps
+        stopped = progress.step < self._recipe.run.steps or not self._allows_export()
         return RunOutcome(
             progress=progress,
             stopped=stopped,
@@ -133,7 +138,10 @@ class TrainingLoop:
             if self._is_due(progress.step, section.every) and self._save(progress, accuracy=accuracy):
                 saved = progress
             if self._is_due(progress.step, section.hf_every):
-                self._export(f"step_{progress.step:08d}")
+                if self._allows_export():
+                    self._export(f"step_{progress.step:08d}")
+                else:
+                    logger.warning("step %d: no export, too little time is left; see clipo ckpt export", progress.step)
         if saved != progress:
             self._save(progress, accuracy=accuracy)
         with self._clock.phase("save"):
@@ -161,12 +169,22 @@ class TrainingLoop:
         write_rollouts(self._folder / "rollouts" / f"step_{step:08d}.jsonl", report)
         progress = Progress(step=step, version=report.version, prompts_taken=progress.prompts_taken + len(rows))
         evaluation: dict[str, float] = {}
-        if step == self._recipe.run.steps or self._is_due(step, self._recipe.evaluation.every):
+        if self._evaluates_after(step):
             evaluation = self._evaluate(progress)
         metrics = step_metrics(report, reward_floor=self._recipe.contrastive.reward_floor, seconds=self._clock.take())
         epoch = progress.prompts_taken / len(self._train)
         metrics |= evaluation | self._engines.take_metrics() | self._saver.take_metrics()
         return progress, {"step": float(step), "epoch": epoch} | metrics
+
+    def _owes_evaluation(self, progress: Progress, before: list[dict[str, float]]) -> bool:
+        """Whether one is due before any step: the first of a run, or one that was given up when the run was stopped."""
+        if self._resume is None:
+            return self._recipe.evaluation.at_start
+        is_done = any(row["step"] == progress.step and any(map(is_evaluation, row)) for row in before)
+        return not is_done and self._evaluates_after(progress.step)
+
+    def _evaluates_after(self, step: int) -> bool:
+        return step == self._recipe.run.steps or self._is_due(step, self._recipe.evaluation.every)
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         if self._evaluation is None:
@@ -180,10 +198,14 @@ class TrainingLoop:
             seed=self._recipe.run.seed,
             step=0,
         )
-        with self._clock.phase("evaluate"):
-            evaluation = evaluate(
-                self._evaluation.prompts, self._engines, self._verifiers, sampling, version=progress.version
-            )
+        try:
+            with self._clock.phase("evaluate"), self._stop.abandonable():
+                evaluation = evaluate(
+                    self._evaluation.prompts, self._engines, self._verifiers, sampling, version=progress.version
+                )
+        except StepAbandoned:
+            logger.info("the evaluation after step %d is given up: asked to stop", progress.step)
+            return {}
         write_answers(self._folder / "rollouts" / f"evaluation_{progress.step:08d}.jsonl", evaluation.greedy)
         return {
             f"evaluation/{source}/{measure}": value
@@ -212,6 +234,10 @@ class TrainingLoop:
             self._saver.begin(progress, sound=self._sound, accuracy=accuracy)
         self._sound = True
         return True
+
+    def _allows_export(self) -> bool:
+        """Whether one can be expected to be complete before the run is killed; it is not longer than a save."""
+        return not self._stop.is_asked and self._stop.allows_save()
 
     def _poll(self) -> None:
         with self._clock.phase("save"):

@@ -67,7 +67,7 @@ METRICS: dict[str, str] = {
     "rollout/tokens_per_s": "response tokens generated a second, over all engines",
     "rollout/engine_restarts": "engines started again because their processes ended, since this start of the run",
     "checkpoint/snapshot_seconds": "training stood still while all ranks copied their state, since the last line",
-    "checkpoint/write_seconds": "from the copy to the complete checkpoint, as seen between two phases of training",
+    "checkpoint/write_seconds": "of the slowest rank, until its files were on the disk, and to complete the checkpoint",
     "checkpoint/wait_seconds": "training stood still because the checkpoint before was still being written",
     "checkpoint/bytes": "of the checkpoints completed since the last line",
     "sync/bytes": "written into all engines' parameters by planned copies, or sent to all of them in buckets",
@@ -125,7 +125,7 @@ class MetricsWriter:
         Raises:
             CheckError: a key is not declared.
         """
-        unknown = [key for key in row if key not in METRICS and not _is_evaluation(key)]
+        unknown = [key for key in row if key not in METRICS and not is_evaluation(key)]
         if unknown:
             raise CheckError(f"metrics {unknown}: not declared in controller/metrics.py; declare them with their unit")
         with self._path.open("a") as file:
@@ -160,5 +160,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _is_evaluation(key: str) -> bool:
+def is_evaluation(key: str) -> bool:
+    """Whether a metric is a measure of an evaluation."""
     return key.startswith("evaluation/") and key.rsplit("/", 1)[-1] in EVALUATION

@@ -35,8 +35,6 @@ class _Pending:
     sound: bool
     accuracy: float | None
     policy: Mapping[str, object]
-    begun: float
-    """`time.perf_counter` when all ranks had their copy."""
 
 
 class CheckpointSaver:
@@ -85,11 +83,8 @@ class CheckpointSaver:
         beside = open_checkpoint(self._folder, progress.step)
         with self._explained(progress.step):
             policy = self._policy.begin_save(beside)
-        begun = time.perf_counter()
-        self._measure("snapshot_seconds", begun - started)
-        self._pending = _Pending(
-            beside=beside, progress=progress, sound=sound, accuracy=accuracy, policy=policy, begun=begun
-        )
+        self._measure("snapshot_seconds", time.perf_counter() - started)
+        self._pending = _Pending(beside=beside, progress=progress, sound=sound, accuracy=accuracy, policy=policy)
         if not self._asynchronous:
             self.finish()
 
@@ -114,6 +109,7 @@ class CheckpointSaver:
         try:
             with self._explained(pending.progress.step):
                 files = self._policy.finish_save()
+            written = time.perf_counter()
             checkpoint, num_bytes = close_checkpoint(
                 pending.beside,
                 progress=pending.progress,
@@ -126,10 +122,11 @@ class CheckpointSaver:
         except CheckpointError:
             shutil.rmtree(pending.beside, ignore_errors=True)  # a full disk is given back what was written
             raise
-        seconds = time.perf_counter() - pending.begun
+        # Ranks may have been done long ago: nobody looks while the next step's rollouts are generated.
+        seconds = max(file.seconds for file in files) + time.perf_counter() - written
         self._measure("write_seconds", seconds)
         self._measure("bytes", float(num_bytes))
-        logger.info("%s is complete: %s, %.1f s after its snapshot", checkpoint, size_text(num_bytes), seconds)
+        logger.info("%s is complete: %s, %.1f s to write", checkpoint, size_text(num_bytes), seconds)
         apply_retention(self._folder, self._retention)
 
     def rescue(self) -> None:

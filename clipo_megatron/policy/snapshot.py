@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -71,6 +73,7 @@ class SnapshotWriter:
 
 
 def _write(path: Path, parts: Sequence[StatePart], copies: Sequence[Tensor]) -> WrittenFile:
+    started = time.perf_counter()
     writer = DistWriter(path)
     with contextlib.ExitStack() as undo:
         undo.callback(writer.abort)
@@ -78,4 +81,4 @@ def _write(path: Path, parts: Sequence[StatePart], copies: Sequence[Tensor]) -> 
             writer.write(part.key, copy, global_shape=part.global_shape, start=part.start, shape=part.shape)
         written = writer.finish()
         undo.pop_all()
-    return written
+    return replace(written, seconds=time.perf_counter() - started)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from support.checkpoints import TwoRanks, make_identity, read_values, values_of, write_checkpoint
+from support.idle_run import IdlePolicy, SamplingEngines, Undecided
 
 from clipo_megatron.checkpoint.manifest import Progress, find_damage, list_checkpoints
 from clipo_megatron.checkpoint.retention import Retention
@@ -18,10 +19,10 @@ from clipo_megatron.controller.stop import StopRequest
 from clipo_megatron.data.prompts import PromptSet
 from clipo_megatron.errors import CheckError, EngineError, WorkerError
 from clipo_megatron.recipe import Recipe
-from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, Sampling, Verdict, VersionSpan
+from clipo_megatron.records import Prompt, RolloutGroup, Sampling
 
 
-class FailingEngines:
+class FailingEngines(SamplingEngines):
     """Sample in the first step and fail in the second one, while the ranks still write."""
 
     def __init__(self, may_write: threading.Event) -> None:
@@ -31,32 +32,7 @@ class FailingEngines:
         if sampling.step == 2:
             threading.Timer(0.1, self._may_write.set).start()
             raise EngineError("engine_0 is gone")
-        rollout = Rollout(
-            response_ids=np.zeros(1, np.int32),
-            sampled_logprobs=np.zeros(1, np.float32),
-            finish=Finish.STOP,
-            policy_versions=(VersionSpan(version=0, start=0, end=1),),
-            text="",
-        )
-        return [RolloutGroup(prompt=prompt, rollouts=(rollout,) * sampling.samples) for prompt in prompts]
-
-    def update_weights(self, version: int, buckets: Iterable[object]) -> None:
-        pass
-
-    def take_metrics(self) -> dict[str, float]:
-        return {}
-
-
-class Undecided:
-    """A verifier that can't decide, so that no step trains."""
-
-    def judge(self, items: Sequence[object]) -> list[Verdict]:
-        return [Verdict.UNDECIDED for _ in items]
-
-
-class IdlePolicy(TwoRanks):
-    def weight_buckets(self, version: int) -> list[object]:
-        return []
+        return super().generate(prompts, sampling, version=version)
 
 
 def test_a_run_that_fails_while_a_checkpoint_is_written_completes_it_and_tells_its_own_failure(tmp_path):
