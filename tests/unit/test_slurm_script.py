@@ -1,0 +1,158 @@
+"""Laws of the batch script's own decisions, with SLURM's commands played by small ones: what ends an attempt, and what follows.
+
+The script on a real SLURM: tests/slurm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from clipo_megatron.slurm.job_folder import attempts
+from clipo_megatron.slurm.render import HOME, SCRIPT
+from clipo_megatron.slurm.why import explain
+
+_SRUN = """\
+#!/bin/bash
+printf '%s\\n' "$*" >>"$CALLS/srun"
+case "$*" in
+  --help) echo "--container-image=PATH" ;;
+  *job_folder*) cp "$CALLS/job.json" "$CALLS/slurm-jobs/7/job.json" ;;
+  *driver.log*) exit "$DRIVER_CODE" ;;
+  *--immediate=30*) [[ -z $DEAD_NODE || "$*" != *"$DEAD_NODE"* && "$*" != *--ntasks=2* ]] ;;
+esac
+"""
+_SCONTROL = """\
+#!/bin/bash
+case "$*" in
+  *hostnames*) printf 'n1\\nn2\\n' ;;
+  requeue*)
+    echo asked >>"$CALLS/requeue"
+    (($(wc -l <"$CALLS/requeue") > REFUSALS)) ;;
+  *"show job"*) echo "JobId=7 Requeue=1 EndTime=Unknown" ;;
+esac
+"""
+
+
+class Job:
+    """A job of two nodes. `attempt` runs the script once, as SLURM does each time that it starts the job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = folder / "run"
+        (folder / "bin").mkdir()
+        for name, text in {
+            "srun": _SRUN,
+            "scontrol": _SCONTROL,
+            "squeue": "#!/bin/bash\n",
+            "hostname": "#!/bin/bash\necho n1\n",
+            "sleep": "#!/bin/bash\n",
+        }.items():
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+        job = {"recipe": "r.yaml", "overrides": [], "run_folder": str(self.run), "nodes": 2, "folder": str(folder)}
+        (folder / "job.json").write_text(json.dumps(job, indent=1) + "\n")
+
+    def attempt(self, driver_code: int, *, left_s: float = 60, **environment: str) -> int:
+        return subprocess.run(
+            ["bash", str(SCRIPT), "r.yaml"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=self.folder,
+            env={
+                "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+                "CALLS": str(self.folder),
+                "CLIPO_HOME": str(HOME),
+                "CLIPO_DOCTOR": "off",
+                "DRIVER_CODE": str(driver_code),
+                "DEAD_NODE": "",
+                "REFUSALS": "0",
+                "SLURM_JOB_ID": "7",
+                "SLURM_JOB_NODELIST": "n[1-2]",
+                "SLURM_JOB_NUM_NODES": "2",
+                "SLURM_JOB_END_TIME": str(int(time.time() + left_s)),
+                "SLURM_SUBMIT_DIR": str(self.folder),
+                "SLURMD_NODENAME": "n1",
+                **environment,
+            },
+        ).returncode
+
+    def phases(self) -> list[str]:
+        return [(attempt / "phase").read_text().strip() for attempt in attempts(self.folder / "slurm-jobs" / "7")]
+
+    def cause(self, attempt: int) -> tuple[str, str, str]:
+        """Host, cause and remedy, as `clipo why` tells them."""
+        job = self.folder / "slurm-jobs" / "7"
+        first = explain(job, job / f"attempt-{attempt}").first
+        assert first is not None
+        return first.host, first.cause, first.remedy
+
+    def requeues(self) -> int:
+        asked = self.folder / "requeue"
+        return len(asked.read_text().splitlines()) if asked.exists() else 0
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    return Job(tmp_path)
+
+
+def test_a_job_that_uses_up_its_time_twice_without_a_new_checkpoint_ends(job):
+    assert (job.attempt(85), job.attempt(85)) == (0, 1)
+    assert (job.phases(), job.requeues()) == (["requeue", "failed"], 1)
+    host, cause, remedy = job.cause(1)
+    assert host == "n1"
+    assert "two attempts in a row used up their time without a new checkpoint (newest: none)" in cause
+    assert "--time" in remedy
+
+
+def test_a_job_that_saves_in_every_attempt_or_is_told_to_stop_early_goes_on(job):
+    for step in range(1, 4):
+        (job.run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        assert job.attempt(85) == 0
+    for code in (85, 138, 85):  # an hour is left: not its time is too short
+        assert job.attempt(code, left_s=3600) == 0
+    assert job.requeues() == 6
+
+
+def test_a_requeue_that_is_refused_is_asked_for_again(job):
+    assert job.attempt(85, REFUSALS="3") == 0
+    assert (job.phases(), job.requeues()) == (["requeue"], 4)
+
+
+@pytest.mark.parametrize(("code", "cause"), [(2, "the driver refused the run"), (1, "the run failed with exit code 1")])
+def test_an_attempt_that_failed_keeps_its_cause_when_the_job_is_put_back_by_hand(job, code, cause):
+    assert job.attempt(code) == code
+    before = (job.folder / "slurm-jobs" / "7" / "attempt-0" / "batch.log").read_text()
+    assert job.attempt(0) == 0
+    assert (job.folder / "slurm-jobs" / "7" / "attempt-0" / "batch.log").read_text() == before
+    assert (job.phases(), job.requeues()) == (["failed", "done"], 0)
+    assert cause in job.cause(0)[1]
+
+
+def test_a_run_that_failed_on_nodes_that_answer_one_by_one_is_not_put_back(job):
+    slow = job.folder / "bin" / "srun"  # a step over both nodes fails, one on each is there
+    slow.write_text(_SRUN.replace("*--immediate=30*) [[ -z", '*--immediate=30*) [[ "$*" != *--ntasks=2* && -z'))
+    assert (job.attempt(1), job.phases(), job.requeues()) == (1, ["failed"], 0)
+
+
+def test_a_node_that_does_not_answer_is_named_and_the_job_is_put_back(job):
+    assert job.attempt(1, DEAD_NODE="n2") == 0
+    assert (job.phases(), job.requeues()) == (["requeue"], 1)
+    host, cause, remedy = job.cause(0)
+    assert (host, cause) == ("n2", "the node was lost: it does not answer")
+    assert remedy == "attempt 1 goes on from the newest checkpoint on other nodes"
+
+
+def test_with_a_container_every_step_of_the_run_has_its_image_and_mounts(job):
+    assert job.attempt(0, CONTAINER_IMAGE="/images/a b.sqsh", CONTAINER_MOUNTS="/data:/data") == 0
+    calls = (job.folder / "srun").read_text().splitlines()
+    steps = [call for call in calls if "clipo_megatron" in call]
+    assert len(steps) == 4  # job's folder, Ray's head and worker, driver
+    assert all("--overlap --container-image=/images/a b.sqsh --container-mounts=/data:/data" in call for call in steps)
