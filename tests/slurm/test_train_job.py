@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from conftest import SCRIPT, metrics, told
 from support.prepared_run import ROOT
 
 STEPS = "run.steps=4"
+DEATHS = 5
 HANDED_ON = (
     *("PATH", "CLIPO_HOME", "CLIPO_PYTHON", "CLIPO_JOBS_DIR", "CLIPO_RAY_CPUS", "CLIPO_RAY_OBJECT_STORE_BYTES"),
     *("RAY_memory_monitor_refresh_ms", "CLIPO_FABRIC", "CLIPO_DOCTOR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"),
@@ -32,10 +34,12 @@ def _finish(lab, job: str, folder: Path, *, timeout_s: float = 240) -> None:
     assert state == "COMPLETED", told(job, folder)
 
 
-def _go_on(lab, job: str, folder: Path) -> None:
-    """See that SLURM has the job in its queue again, and let it start without a pause."""
-    found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=90)
+def _go_on(lab, job: str, folder: Path, *, without: str = "") -> None:
+    """See that SLURM has the job in its queue again, and let it start without a pause, on other nodes than `without`."""
+    found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=120)
     assert (found["JobState"], found["Restarts"]) == ("PENDING", "1"), told(job, folder)
+    if without:
+        lab.run("scontrol", "update", f"nodename={without}", "state=down", "reason=test")
     lab.restart_now(job)
     _finish(lab, job, folder)
     assert (folder / "attempt-1" / "phase").read_text() == "done\n"
@@ -155,19 +159,27 @@ def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_
     came_to_steps = (tmp_path / "limit" / "metrics.jsonl").exists()
     steps = [row["step"] for row in metrics(tmp_path / "limit")] if came_to_steps else []
     saved = [path.name for path in (tmp_path / "limit" / "checkpoints").glob("step_*")]
+    if steps:
+        lab.restart_now(job)
+        _wait_for_phase(tmp_path / "limit", len(steps) + 1, "train")
     lab.run("scancel", job)
+    lab.wait_until_idle("n1")
     assert steps == list(range(1, len(steps) + 1))
     if (
         not steps
-    ):  # SLURM's limits are whole minutes, and a slow machine takes one to start: the end came in time all the same
+    ):  # SLURM's limits are whole minutes, and a slow machine takes one to start: the end came in time anyway
         assert "time was too short for a checkpoint" in (folder / "attempt-0" / "driver.log").read_text()
     assert saved == ([f"step_{len(steps):08d}"] if steps else [])
 
 
 # The first node runs the batch script; where the job has a spare one, SLURM keeps it without its script.
-@pytest.mark.parametrize(("phase", "node", "spare"), [("generate", "n1", 0), ("train", "n1", 1)])
+# Where nobody tells SLURM of a loss, the script finds out itself.
+@pytest.mark.parametrize(
+    ("phase", "node", "spare", "is_told"),
+    [("generate", "n1", 0, True), ("train", "n2", 0, False), ("train", "n1", 1, True)],
+)
 def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(
-    lab, submit_run, tmp_path, uninterrupted, phase, node, spare
+    lab, submit_run, tmp_path, uninterrupted, phase, node, spare, is_told
 ):
     # With the doctor, which the run over two nodes has, each start would take ten seconds more.
     overrides = (STEPS, "checkpoint.every=1", "checkpoint.asynchronous=false")
@@ -176,8 +188,9 @@ def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(
     _wait_for_phase(tmp_path / "lost", 2, phase)
     lab.kill_node(node)
     try:
-        lab.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-        _go_on(lab, job, folder)
+        if is_told:
+            lab.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        _go_on(lab, job, folder, without="" if is_told else node)
     finally:
         lab.start_node(node)
         lab.wait_until_idle(node)
@@ -185,7 +198,8 @@ def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(
     why = (sys.executable, "-m", "clipo_megatron.cli", "why", job, "--attempt", "0")
     told_first = lab.run(*why, CLIPO_JOBS_DIR=str(folder.parent), PYTHONPATH=str(ROOT)).splitlines()[:3]
     assert re.match(rf"node: +{node}, in phase driver,", told_first[0]), told_first
-    assert "the node was lost: SLURM ended the attempt on n[1-" in told_first[1]
+    lost = "SLURM ended the attempt on n[1-" if is_told else "it does not answer"
+    assert f"the node was lost: {lost}" in told_first[1]
     assert "attempt 1 goes on" in told_first[2]
 
 
@@ -216,6 +230,46 @@ def test_a_job_that_loses_a_node_in_a_sync_goes_on_with_a_spare_one_and_is_the_s
     show = (sys.executable, "-m", "clipo_megatron.cli", "status", job, "--json")
     status = json.loads(lab.run(*show, CLIPO_JOBS_DIR=str(folder.parent), PYTHONPATH=str(ROOT)))
     assert (status["attempt"], status["lost_nodes"]) == (1, "n2")
+
+
+def test_a_job_whose_engines_are_killed_five_times_completes_every_step_and_is_the_same_run(
+    lab, submit_run, tmp_path, uninterrupted
+):
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"moments of seed {seed}")
+    moments, run = random.Random(seed), tmp_path / "killed"
+    job, folder = submit_run("killed", f"run.steps={DEATHS + 2}", "checkpoint.every=2", CLIPO_DOCTOR="off")
+    killed: list[tuple[str, str]] = []
+    for step in range(1, DEATHS + 1):  # all engines have answered since the death before
+        _wait_for_phase(run, step, "generate" if step == 1 else moments.choice(("generate", "train", "sync")))
+        time.sleep(moments.uniform(0.0, 0.3))
+        host, pid = moments.choice([place for place in _engines(run) if place not in killed])
+        lab.on_node(host, "kill", "-KILL", pid)
+        killed.append((host, pid))
+        _wait_for_restarts(run, len(killed))
+    _finish(lab, job, folder)
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, DEATHS + 3))
+    assert rows[-1]["rollout/engine_restarts"] == DEATHS
+    as_before = [{key: value for key, value in row.items() if key != "rollout/engine_restarts"} for row in rows]
+    of_four = uninterrupted["metrics"]
+    assert as_before[:4] == [{k: v for k, v in row.items() if k != "rollout/engine_restarts"} for row in of_four]
+    assert {name: rows for name, rows in _trained_on(run).items() if name in uninterrupted["rollouts"]} == (
+        uninterrupted["rollouts"]
+    )
+
+
+def _engines(run: Path) -> list[tuple[str, str]]:
+    """(node, process there) of every engine that was started."""
+    logs = [log.read_text() for log in sorted((run / "logs").glob("engine_*.log"))]
+    return [(told[2], told[1]) for log in logs if (told := re.search(r"engine \d is process (\d+) on (\S+)", log))]
+
+
+def _wait_for_restarts(run: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(_engines(run)) < 2 + count:
+        assert time.monotonic() < deadline, f"engine {count} was not started again: {_engines(run)}"
+        time.sleep(0.1)
 
 
 def test_the_script_as_shipped_is_accepted_by_a_cluster_of_eight_h100_a_node(lab, tmp_path):

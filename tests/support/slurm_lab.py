@@ -213,7 +213,7 @@ class SlurmLab:
             "EnforcePartLimits": "ALL",
             "MailProg": "/bin/true",
             "MpiDefault": "none",
-            "SlurmdTimeout": "10",
+            "SlurmdTimeout": "300",
             "KillWait": "5",
             "SchedulerParameters": "batch_sched_delay=0,bf_interval=1,sched_interval=1",
         }

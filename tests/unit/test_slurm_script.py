@@ -25,6 +25,7 @@ case "$*" in
   *job_folder*) cp "$CALLS/job.json" "$CALLS/slurm-jobs/7/job.json" ;;
   *driver.log*) exit "$DRIVER_CODE" ;;
   *--immediate=30*) [[ -z $DEAD_NODE || "$*" != *"$DEAD_NODE"* && "$*" != *--ntasks=2* ]] ;;
+  *writable*) [[ -z $DEAD_AT_START ]] ;;
 esac
 """
 _SCONTROL = """\
@@ -72,6 +73,7 @@ class Job:
                 "CLIPO_DOCTOR": "off",
                 "DRIVER_CODE": str(driver_code),
                 "DEAD_NODE": "",
+                "DEAD_AT_START": "",
                 "REFUSALS": "0",
                 "SLURM_JOB_ID": "7",
                 "SLURM_JOB_NODELIST": "n[1-2]",
@@ -142,12 +144,17 @@ def test_a_run_that_failed_on_nodes_that_answer_one_by_one_is_not_put_back(job):
     assert (job.attempt(1), job.phases(), job.requeues()) == (1, ["failed"], 0)
 
 
-def test_a_node_that_does_not_answer_is_named_and_the_job_is_put_back(job):
-    assert job.attempt(1, DEAD_NODE="n2") == 0
+@pytest.mark.parametrize("at_start", ["", "yes"])
+def test_a_node_that_does_not_answer_is_named_and_the_job_is_put_back(job, at_start):
+    assert job.attempt(1, DEAD_NODE="n2", DEAD_AT_START=at_start) == 0
     assert (job.phases(), job.requeues()) == (["requeue"], 1)
     host, cause, remedy = job.cause(0)
     assert (host, cause) == ("n2", "the node was lost: it does not answer")
     assert remedy == "attempt 1 goes on from the newest checkpoint on other nodes"
+
+
+def test_a_node_that_is_not_fit_and_answers_ends_the_job(job):
+    assert (job.attempt(0, DEAD_AT_START="yes"), job.phases(), job.requeues()) == (2, ["failed"], 0)
 
 
 def test_with_a_container_every_step_of_the_run_has_its_image_and_mounts(job):
