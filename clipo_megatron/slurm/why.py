@@ -61,6 +61,8 @@ def explain(job: Path, attempt: Path, *, output: Path | None = None) -> Explanat
     stopped, last_words = _stopped(logs)
     found = [_of_late(_at_its_worker(error, hosts), by_name) for log in logs for error in scan_log(log)]
     # What comes after that is brought about by the batch script's own stopping of all steps.
+    if phase == "failed":  # after these words: the job could not be put back
+        stopped, last_words = math.inf, ""
     errors = sorted((error for error in found if error.moment <= stopped), key=_order)
     is_well = phase == "done" or bool(_SAVED.match(last_words))
     ended = [] if is_well else _that_ended_it(errors, logs, progress=_last_step(job, span, logs))

@@ -123,9 +123,13 @@ def test_a_job_that_saves_in_every_attempt_or_is_told_to_stop_early_goes_on(job)
     assert job.requeues() == 6
 
 
-def test_a_requeue_that_is_refused_is_asked_for_again(job):
-    assert job.attempt(85, REFUSALS="3") == 0
+def test_a_requeue_that_is_refused_is_asked_for_again_and_told_when_it_stays_so(job):
+    assert job.attempt(85, left_s=3600, REFUSALS="3") == 0
     assert (job.phases(), job.requeues()) == (["requeue"], 4)
+    assert job.attempt(85, left_s=3600, REFUSALS="1000") == 1
+    assert job.phases() == ["requeue", "failed"]
+    assert "scontrol requeue is refused for four minutes" in job.cause(1)[1]
+    assert "submit the job again" in job.cause(1)[2]
 
 
 @pytest.mark.parametrize(("code", "cause"), [(2, "the driver refused the run"), (1, "the run failed with exit code 1")])
