@@ -21,7 +21,7 @@ from torch import Tensor
 from clipo_megatron.checkpoint.dist_index import METADATA
 from clipo_megatron.checkpoint.dist_model import config_folder, is_model_key, model_faults
 from clipo_megatron.checkpoint.dist_reader import DistReader
-from clipo_megatron.checks.host_memory import available_bytes
+from clipo_megatron.checks.host_memory import allowed_bytes
 from clipo_megatron.checks.local_ranks import run_local_ranks
 from clipo_megatron.data.tokenizer import load_tokenizer, render_prompts
 from clipo_megatron.errors import CheckpointError, ConfigError
@@ -177,7 +177,7 @@ def _coarser_format(models: Sequence[_Model]) -> str | None:
 
 def _check_memory(models: Sequence[_Model]) -> None:
     """Refuse what the kernel would end halfway. One model is in memory at a time."""
-    available = available_bytes()
+    available = allowed_bytes()
     needed = max(4 * parameter_count(model.architecture) for model in models) + _SPARE_BYTES
     if available is not None and needed > available:
         raise ConfigError(

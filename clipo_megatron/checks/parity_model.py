@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from clipo_megatron.checks.host_memory import available_bytes
+from clipo_megatron.checks.host_memory import allowed_bytes
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.parallel.layout import ParallelLayout
 from clipo_megatron.recipe.sections import LayoutSection
@@ -116,7 +116,7 @@ def check_memory(choice: ModelChoice, layout: ParallelLayout) -> None:
     Raises:
         ConfigError: the model is too large, by a rough estimate.
     """
-    available = available_bytes()
+    available = allowed_bytes()
     if choice.is_shrunk or available is None:
         return
     count = parameter_count(replace(read_architecture(choice.source), num_layers=choice.num_layers))

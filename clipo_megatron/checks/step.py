@@ -17,7 +17,7 @@ from clipo_megatron.checkpoint.dist_index import WrittenFile
 from clipo_megatron.checkpoint.manifest import Progress
 from clipo_megatron.checkpoint.sizes import size_text
 from clipo_megatron.checkpoint.training import RunIdentity, close_checkpoint, find_resume, open_checkpoint
-from clipo_megatron.checks.host_memory import available_bytes
+from clipo_megatron.checks.host_memory import allowed_bytes
 from clipo_megatron.checks.local_ranks import run_local_ranks, start_server
 from clipo_megatron.checks.preflight import existing_folder
 from clipo_megatron.errors import CheckError, ConfigError, WorkerError
@@ -181,7 +181,7 @@ def _compare(ranks: list[RankStep], loaded: list[RankStep]) -> None:
 
 
 def _check_host_memory(settings: PolicySettings) -> None:
-    arch, available = read_architecture(settings.model_path), available_bytes()
+    arch, available = read_architecture(settings.model_path), allowed_bytes()
     element = 4 if settings.dtype == "float32" else 2
     copies = settings.layout.dp * settings.layout.cp
     # Weights and float32 gradients on each copy; masters and two moments, and the snapshot of all that is saved.

@@ -42,7 +42,8 @@ _LEAST_FILES, _GOOD_FILES = 4096, 65535
 _SCRATCH = "/tmp"
 """Where the project puts Ray's session. Not tempfile's choice: that is another folder as soon as this one is full."""
 _SOCKET_CHARS = 107
-_RAY_SOCKET_CHARS = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+_OWN_SOCKET_CHARS = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+"""Of Python's multiprocessing, below TMPDIR. Ray's and vLLM's sockets lie in folders that the project chooses."""
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -72,7 +73,7 @@ def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
         *(check_writable("log folder", path) for path in case.log_folders),
         check_shared_folder(recipe),
         *(check_temporary(Path(path), holds_ray=path == _SCRATCH) for path in _temporary_folders()),
-        check_socket_path(os.environ.get("RAY_TMPDIR") or _SCRATCH),
+        check_socket_path(os.environ.get("TMPDIR") or _SCRATCH),
         check_shared_memory(Path("/dev/shm"), needed=_shared_memory_needed(recipe)),
         check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         check_locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[1], is_gpu=is_gpu),
@@ -151,11 +152,11 @@ def check_temporary(folder: Path, *, holds_ray: bool) -> Finding:
 
 
 def check_socket_path(folder: str) -> Finding:
-    """Ray's sockets lie below the temporary folder, and the path of a socket has at most 107 bytes."""
-    name, longest = "socket path", len(os.fsencode(folder)) + _RAY_SOCKET_CHARS
-    cause = f"{folder}: a socket of Ray would have {longest} bytes, {_SOCKET_CHARS} are allowed"
+    """Processes meet at sockets below the temporary folder, and the path of a socket has at most 107 bytes."""
+    name, longest = "socket path", len(os.fsencode(folder)) + _OWN_SOCKET_CHARS
+    cause = f"TMPDIR = {folder}: a socket there would have a path of {longest} bytes, {_SOCKET_CHARS} are allowed"
     if longest > _SOCKET_CHARS:
-        return fail(name, cause, "unset RAY_TMPDIR, or set it to a short folder such as /tmp")
+        return fail(name, cause, "set TMPDIR to a short folder such as /tmp")
     return ok(name, cause)
 
 

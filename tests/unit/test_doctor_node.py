@@ -9,6 +9,7 @@ import resource
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -127,8 +128,17 @@ def test_too_little_shared_memory_is_found(tmp_path):
     assert node.check_shared_memory(tmp_path / "none", needed=1).status is Status.FAIL
 
 
-def test_a_long_temporary_folder_leaves_no_room_for_sockets(recipe, monkeypatch):
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 60)
+def test_a_temporary_folder_is_too_long_exactly_where_no_process_can_listen_in_it(recipe, monkeypatch, tmp_path):
+    listen = "from multiprocessing.connection import Listener; Listener(family='AF_UNIX').close()"
+    for length in (74, 75, 76, 77):
+        with tempfile.TemporaryDirectory(dir="/tmp", prefix="x" * (length - len("/tmp/") - 8)) as folder:
+            assert len(folder) == length
+            environment = {**os.environ, "TMPDIR": folder}
+            ended = subprocess.run([sys.executable, "-c", listen], env=environment, capture_output=True, text=True)
+        assert (ended.returncode == 0) == (node.check_socket_path(folder).status is Status.OK), ended.stderr
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
     assert failed(NodeCase(recipe=recipe)) == {"socket path"}
 
 
