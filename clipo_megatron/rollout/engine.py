@@ -20,6 +20,7 @@ from clipo_megatron.rollout.quantization import quantization_arguments
 from clipo_megatron.rollout.routes import rollout_routes
 from clipo_megatron.rollout.sampling import rollout_seed, stop_token_ids
 from clipo_megatron.rollout.settings import EngineSettings
+from clipo_megatron.rollout.shared_names import drop_names
 from clipo_megatron.rollout.sleep import Sleep
 from clipo_megatron.rollout.updates import WeightUpdates
 from clipo_megatron.rollout.workers import Workers
@@ -61,6 +62,9 @@ class RolloutEngine:
         sleep = Sleep(self._workers, device=settings.device, is_allowed=settings.sleeps)
         self._updates = WeightUpdates(self._workers, Path(settings.model_path), sleep)
         self._is_closed = False
+        if settings.tp > 1:
+            drop_names()
+            self._workers.call("clipo_drop_names")
         if self._records_routes:
             self._workers.call("clipo_record_routes")
 

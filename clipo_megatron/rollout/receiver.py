@@ -13,6 +13,7 @@ import torch
 
 from clipo_megatron.errors import ClipoError, EngineError
 from clipo_megatron.records import Routes, TensorSpec, WeightBucket
+from clipo_megatron.rollout.shared_names import drop_names
 from clipo_megatron.rollout.workers import Reply, mark_done
 from clipo_megatron.sync.bucket import unpack
 from clipo_megatron.sync.shared_memory import attach
@@ -213,6 +214,10 @@ class WeightReceiver:
         if self.vllm_config.device_config.device_type != "cpu":
             for parameter in self.model_runner.get_model().parameters():
                 parameter.zero_()
+
+    def clipo_drop_names(self) -> int:
+        """See rollout/shared_names.py."""
+        return drop_names()
 
     def clipo_record_routes(self) -> None:
         """Record from here on which experts each token is sent to. On CPUs; vLLM itself does it on GPUs."""

@@ -17,6 +17,26 @@ from clipo_megatron.errors import CheckError, EngineError
 from clipo_megatron.sync.bucket import pack_buckets
 
 
+def _shared_memory(pids: list[int]) -> list[str]:
+    """Lines of vLLM's shared memory in the processes' maps."""
+    maps = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return [line for line in maps if "/dev/shm/psm_" in line]
+
+
+def test_an_engine_that_is_killed_leaves_no_shared_memory_behind(tmp_path: Path) -> None:
+    folder, before = make_tiny_hf(tmp_path, "qwen3", tied=True), set(os.listdir("/dev/shm"))
+    with tiny_engine(folder, tp=2) as engine:
+        pids = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+        opened = _shared_memory(pids)
+        names = {line.split("/dev/shm/")[1].removesuffix(" (deleted)") for line in opened}
+        assert names
+        assert all(line.endswith(" (deleted)") for line in opened)
+        assert not names & set(os.listdir("/dev/shm"))
+        groups = engine.generate(random_prompts((5, 200)), SAMPLING, version=None)
+        assert worst_difference(load_reference(folder), groups) < 1e-4
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name in names]
+
+
 def test_two_workers_sample_from_the_updated_weights_and_survive_a_bad_bucket(tmp_path: Path) -> None:
     folder = make_tiny_hf(tmp_path, "qwen3", tied=True)
     reference = load_reference(folder)

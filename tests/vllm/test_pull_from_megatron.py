@@ -38,8 +38,8 @@ TIMEOUT_S = 60.0
 SYNCS = 5
 CASES = {
     "dense tied from tp2 x pp2": ({"family": "qwen3", "tied": True}, {"world_size": 4, "tp": 2, "pp": 2}),
-    "dense untied from dp2": ({"family": "qwen2"}, {"world_size": 2}),
-    "mixture from ep2": ({"family": "qwen3_moe"}, {"world_size": 2, "ep": 2}),
+    "dense untied from tp2 x dp2": ({"family": "qwen2"}, {"world_size": 4, "tp": 2}),
+    "mixture from pp2 x dp2 x ep2": ({"family": "qwen3_moe"}, {"world_size": 4, "pp": 2, "ep": 2}),
 }
 
 
