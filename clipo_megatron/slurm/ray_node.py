@@ -34,8 +34,9 @@ _NAMED_PORTS = (
 )
 _SPARE_WORKER_PORTS = 64
 _TRIES = 3
-_EARLY_S = 60.0
-"""A Ray that ends so soon after its start is started again."""
+_EARLY_S = 150.0
+"""A Ray that ends so soon after its start is started again: it gives up after half a minute of waiting for the head, and takes
+as long to come to that on a busy node."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

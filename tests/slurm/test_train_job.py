@@ -36,10 +36,11 @@ def _finish(lab, job: str, folder: Path, *, timeout_s: float = 240) -> None:
 
 def _go_on(lab, job: str, folder: Path, *, without: str = "") -> None:
     """See that SLURM has the job in its queue again, and let it start without a pause, on other nodes than `without`."""
-    found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=120)
-    assert (found["JobState"], found["Restarts"]) == ("PENDING", "1"), told(job, folder)
-    if without:
+    if without:  # SLURM itself waits for its answer for minutes, before it lets the job go
+        _wait_for_text(folder / "attempt-0" / "phase", "requeue\n")
         lab.run("scontrol", "update", f"nodename={without}", "state=down", "reason=test")
+    found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=90)
+    assert (found["JobState"], found["Restarts"]) == ("PENDING", "1"), told(job, folder)
     lab.restart_now(job)
     _finish(lab, job, folder)
     assert (folder / "attempt-1" / "phase").read_text() == "done\n"
@@ -54,6 +55,13 @@ def _wait_for_phase(run: Path, step: int, phase: str) -> None:
             return
         assert time.monotonic() < deadline, f"{run} never came to {phase} of step {step}: {words}"
         time.sleep(0.002)
+
+
+def _wait_for_text(path: Path, text: str) -> None:
+    deadline = time.monotonic() + 150
+    while not (path.exists() and path.read_text() == text):
+        assert time.monotonic() < deadline, f"{path} never held {text!r}"
+        time.sleep(0.05)
 
 
 def _trained_on(run: Path) -> dict[str, list[object]]:
@@ -123,11 +131,7 @@ def test_usr1_before_the_driver_is_there_ends_the_attempt_and_a_job_that_may_not
     slow.chmod(0o755)
     path = f"{slow.parent}:{os.environ['PATH']}"
     job, folder = submit_run("early", STEPS, options=("--no-requeue",), CLIPO_DOCTOR="off", PATH=path)
-    phase = folder / "attempt-0" / "phase"
-    deadline = time.monotonic() + 60
-    while not (phase.exists() and phase.read_text() == "driver\n"):
-        assert time.monotonic() < deadline, told(job, folder)
-        time.sleep(0.05)
+    _wait_for_text(folder / "attempt-0" / "phase", "driver\n")
     lab.run("scancel", "--batch", "--signal=USR1", job)
     assert not (folder / "attempt-0" / "driver.pid").exists()
     found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=90)
