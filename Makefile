@@ -24,7 +24,7 @@ quickstart: $(VENV)/cpu.stamp
 
 test: $(VENV)/dev.stamp
 	@tests/install_slurm.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --no-loadscope-reorder
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
