@@ -1,11 +1,17 @@
-"""Two lanes for tests that run side by side: those that start whole clusters, one after another, and the files of all others."""
+"""Two lanes for tests that run side by side: those that train whole runs, one after another, and the files of all others."""
 
 from __future__ import annotations
 
 import pytest
 
-CLUSTERS = ("tests/end_to_end/", "tests/slurm/")
-"""Folders whose tests keep several processes busy, and wait for them with deadlines."""
+RUNS = (
+    "tests/slurm/",
+    *(
+        f"tests/end_to_end/test_{name}"
+        for name in ("colocation", "engine_restarts", "hung_workers", "security", "train")
+    ),
+)
+"""They keep several processes busy for minutes, and wait for them with deadlines. Nearly half of all tests' time."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -15,6 +21,6 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Lanes(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "clusters" if nodeid.startswith(CLUSTERS) else nodeid.partition("::")[0]
+            return "runs" if nodeid.startswith(RUNS) else nodeid.partition("::")[0]
 
     return Lanes(config, log)
