@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-RUNS = (
-    "tests/slurm/",
-    *(
-        f"tests/end_to_end/test_{name}"
-        for name in ("colocation", "engine_restarts", "hung_workers", "security", "train")
-    ),
-)
-"""They keep several processes busy for minutes, and wait for them with deadlines. Nearly half of all tests' time."""
+ALONE = ("colocation", "engine_restarts", "hung_workers", "security", "sync_faults", "train")
+RUNS = ("tests/slurm/", *(f"tests/end_to_end/test_{name}" for name in ALONE))
+"""They keep several processes busy for minutes, and wait for them with deadlines."""
 
 
 @pytest.hookimpl(optionalhook=True)
