@@ -27,7 +27,7 @@ def start_clipo(*arguments):
     )
 
 
-def run_clipo(*arguments, timeout=300):
+def run_clipo(*arguments, timeout=600):
     """Run `clipo` to its end, which must be a success; returns its standard output."""
     process = start_clipo(*arguments)
     out, err = process.communicate(timeout=timeout)

@@ -52,7 +52,7 @@ def _check(*arguments):
         [sys.executable, "-m", "clipo_megatron.cli", "check", "parity", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 

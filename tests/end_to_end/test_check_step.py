@@ -33,7 +33,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def _check(*arguments: object) -> tuple[int, str, str]:
     process = start_clipo("check", "step", *arguments)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 

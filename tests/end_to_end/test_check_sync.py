@@ -35,7 +35,7 @@ def write_recipe(tmp_path_factory):
 
 def _check(*arguments: object) -> tuple[int, str, str]:
     process = start_clipo("check", "sync", *arguments)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 

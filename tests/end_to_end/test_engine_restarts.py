@@ -66,7 +66,7 @@ def test_an_engine_that_dies_while_another_is_started_again_is_started_again_as_
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     os.kill(_processes(run)["engine_1.log"], signal.SIGKILL)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, f"{out}\n{err}"
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["rollout/engine_restarts"] == 2
     assert _metrics(run) == _metrics(undisturbed)
@@ -83,7 +83,7 @@ def test_an_engine_that_hangs_is_killed_and_started_again_with_its_stacks_told(w
         time.sleep(0.002)
     hung = _processes(run)["engine_1.log"]
     os.kill(hung, signal.SIGSTOP)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, f"{out}\n{err}"
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["rollout/engine_restarts"] == 1
     told = (run / "driver.log").read_text()

@@ -130,7 +130,7 @@ def _policy(folder: Path, logs: Path) -> RayPolicy:
         actor_options=[options] * TRAINER.world_size,
         bucket_bytes=1 << 14,  # many buckets of a stage
         timeout_s=TIMEOUT_S,
-        start_timeout_s=2 * TIMEOUT_S,
+        start_timeout_s=5 * TIMEOUT_S,
         log_folder=logs,
     )
 
@@ -180,7 +180,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             actor_options=[{"num_cpus": 1, "runtime_env": {"env_vars": engine_environment("cpu", 1)}}] * NUM_ENGINES,
             log_folder=logs,
             timeout_s=2 * TIMEOUT_S,
-            start_timeout_s=2 * TIMEOUT_S,
+            start_timeout_s=5 * TIMEOUT_S,
             sync=_sync_settings(folder),
             max_restarts=0,
         )

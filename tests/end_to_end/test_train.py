@@ -178,7 +178,7 @@ def test_a_stop_signal_ends_after_the_step_with_a_checkpoint(tmp_path, write_rec
     _wait_for_row(tmp_path / "stopped", 1, process)
     family = _family(process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     rows = read_metrics(tmp_path / "stopped" / "metrics.jsonl")
     last = int(rows[-1]["step"])
@@ -196,7 +196,7 @@ def test_a_dead_worker_ends_the_run_with_its_name_and_no_orphans(tmp_path, write
     family = _family(process)
     log = (tmp_path / "dead" / "logs" / "policy_1.log").read_text()
     os.kill(int(log.split("rank 1 is process ")[1].split()[0]), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     (line,) = [line for line in err.splitlines() if line.startswith("clipo: ")]
     assert line.startswith("clipo: policy_1 died in ")

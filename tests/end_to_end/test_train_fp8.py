@@ -28,7 +28,7 @@ def test_it_trains_and_tells_the_mismatch_of_every_step(tmp_path, write_recipe):
 def test_the_gate_names_fp8_among_the_suspects(tmp_path, write_recipe):
     recipe = write_recipe(tmp_path, "fp8", steps=2)
     process: subprocess.Popen[str] = start_clipo("train", recipe, *LAYOUT, *FP8)
-    _, error = process.communicate(timeout=300)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "step-0 gate" in error
     assert "FP8 alone (precision.recipe, rollout.quantization)" in " ".join(error.split())

@@ -29,7 +29,7 @@ def uninterrupted(tmp_path_factory) -> dict[str, object]:
     return {}
 
 
-def _finish(lab, job: str, folder: Path, *, timeout_s: float = 240) -> None:
+def _finish(lab, job: str, folder: Path, *, timeout_s: float = 400) -> None:
     state = lab.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=timeout_s)["JobState"]
     assert state == "COMPLETED", told(job, folder)
 
@@ -50,7 +50,7 @@ def _go_on(lab, job: str, folder: Path, *, without: str = "") -> None:
 
 def _wait_for_phase(run: Path, step: int, phase: str) -> None:
     """Until the run is at a phase of a step, or of a later one."""
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while True:
         words = (run / "phase").read_text().split() if (run / "phase").exists() else []
         if len(words) == 2 and int(words[0]) >= step and words[1] == phase:

@@ -45,7 +45,7 @@ def write_recipe(prepared):
                 "gate_max_logprob_difference": 1e-3,
                 "gate_mean_logprob_difference": 1e-4,
                 "worker_timeout_s": 120,
-                "start_timeout_s": 120,
+                "start_timeout_s": 300,
                 **run,
             },
             "model": {"path": str(prepared / "policy"), "dtype": "float32"},
