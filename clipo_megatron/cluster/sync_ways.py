@@ -22,6 +22,8 @@ Costs = dict[str, tuple[int, float]]
 ENGINE_MARGIN_S = 10.0
 """An engine of several workers has the deadline itself and names the worker; the driver waits this much longer for it."""
 _LEAST_S = 0.1
+_PATIENCE_S = 30.0
+"""For a meeting: all are called at the same time, and none is at work on anything else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +159,7 @@ class Links:
             device="cuda" if self.name == "nccl" else "cpu",
             bucket_bytes=self._bucket_bytes,
             timeout_s=self._deadline.timeout_s,
+            patience_s=min(self._deadline.timeout_s, _PATIENCE_S),
         )
         engines = {name: actor.open_links.remote(self._plan, meeting) for name, actor in actors.items()}
         found = self._deadline.of_all(

@@ -11,8 +11,9 @@ from torch import Tensor
 from clipo_megatron.rollout.in_place import LiveParameters
 from clipo_megatron.rollout.reload import LayerwiseReload, by_module
 from clipo_megatron.sync.copy_rate import measure_copy_rate
+from clipo_megatron.sync.link_group import Group
 from clipo_megatron.sync.plan import SyncPlan
-from clipo_megatron.sync.process_group_transport import Group, PlannedReceives
+from clipo_megatron.sync.process_group_transport import PlannedReceives
 from clipo_megatron.sync.slices import engine_tensors
 
 

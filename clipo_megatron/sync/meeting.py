@@ -9,10 +9,7 @@ from typing import Literal
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from clipo_megatron.errors import EngineError
-from clipo_megatron.sync.process_group_transport import Group, join
-
-_PATIENCE_S = 30.0
-"""All are called at the same time, and none is at work on anything else."""
+from clipo_megatron.sync.link_group import Group, join
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,11 +28,8 @@ class Meeting:
     """Of both ends; each rank takes two buffers of it."""
     timeout_s: float
     """Of each message."""
-
-    @property
-    def patience_s(self) -> float:
-        """How long a rank waits for the others to come."""
-        return min(self.timeout_s, _PATIENCE_S)
+    patience_s: float
+    """How long a rank waits for the others to come, and then to be connected."""
 
     def join(self, rank: int) -> Group:
         """Connect this process.
@@ -58,7 +52,20 @@ class Meeting:
                 f"ranks {missing} of {self.size} (trainer ranks first, then those of the engines) did not come to meeting "
                 f"{self.number} within {patience.total_seconds():g} s: they are gone or busy; look at their logs"
             ) from None
-        return join(store, rank=rank, size=self.size, device=self.device, timeout_s=self.timeout_s)
+        try:
+            return join(
+                store,
+                rank=rank,
+                size=self.size,
+                device=self.device,
+                timeout_s=self.timeout_s,
+                patience_s=self.patience_s,
+            )
+        except RuntimeError as error:
+            raise EngineError(
+                f"a rank came to meeting {self.number} and was gone before all were connected "
+                f"({str(error).splitlines()[0]}): look at the logs of all"
+            ) from error
 
 
 def _seat(rank: int) -> str:

@@ -1,26 +1,24 @@
 """A planned sync between nodes: trainer ranks send slices straight to the engine ranks that need them, in buckets.
 
-Over a process group of their own, which no other library of either process sees: gloo on CPUs, nccl on GPUs.
+Over the group of `join`: gloo on CPUs, nccl on GPUs.
 """
 
 from __future__ import annotations
 
-import datetime
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from traceback import clear_frames
-from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from clipo_megatron.errors import CheckError, ClipoError, EngineError
 from clipo_megatron.sync.device_events import DeviceEvents, recorder
 from clipo_megatron.sync.link_buckets import BUFFERS, LinkBucket, buckets_into, buckets_out_of, checksums_with
+from clipo_megatron.sync.link_group import Group, Work
 from clipo_megatron.sync.plan import Copy, SyncPlan, Transfer
 from clipo_megatron.sync.slices import (
     check_parameter,
@@ -30,60 +28,6 @@ from clipo_megatron.sync.slices import (
     target_views,
     zero_padding,
 )
-
-
-class Work(Protocol):
-    """A message on its way."""
-
-    def wait(self) -> object:
-        """Until its buffer can be used; on a GPU, by what comes next in the current stream."""
-        ...
-
-
-class Group(Protocol):
-    """What is used of a c10d process group; see `join`."""
-
-    @property
-    def options(self) -> Any:  # noqa: ANN401 (torch has a class for each backend)
-        """With the deadline of a message."""
-        ...
-
-    def send(self, tensors: list[Tensor], rank: int, tag: int, /) -> Work:
-        """Start sending."""
-        ...
-
-    def recv(self, tensors: list[Tensor], rank: int, tag: int, /) -> Work:
-        """Start receiving."""
-        ...
-
-    def abort(self) -> None:
-        """End what is under way, on a GPU; on a CPU it ends with the last reference to the group."""
-        ...
-
-
-def join(
-    store: dist.Store,  # pyright: ignore[reportPrivateImportUsage]
-    *,
-    rank: int,
-    size: int,
-    device: Literal["cpu", "cuda"],
-    timeout_s: float,
-) -> Group:
-    """This process's end of a group of all trainer and engine ranks; other groups of the process are left alone.
-
-    Args:
-        store: the same one for all, used by nothing else.
-        rank: of the trainer; or trainer ranks + rank over all engines.
-        size: ranks of trainer and engines.
-        device: "cpu" (gloo) or "cuda" (nccl, on the current GPU).
-        timeout_s: after which a message that did not come is an error.
-    """
-    timeout = datetime.timedelta(seconds=timeout_s)
-    if device == "cpu":
-        return dist.ProcessGroupGloo(store, rank, size, timeout)  # pyright: ignore
-    options = dist.ProcessGroupNCCL.Options()  # pyright: ignore
-    options._timeout = timeout  # pyright: ignore
-    return dist.ProcessGroupNCCL(store, rank, size, options)  # pyright: ignore
 
 
 class PlannedSends:
@@ -270,7 +214,8 @@ class _Links:
         try:
             yield
         except (ClipoError, RuntimeError) as error:
-            clear_frames(error.__traceback__)  # they hold messages under way, which keep the connections open
+            for of_one in (error, error.__cause__):  # their frames hold messages under way, which keep connections open
+                clear_frames(of_one.__traceback__ if of_one else None)
             group, self._group = self._group, None
             if group is not None:
                 group.abort()

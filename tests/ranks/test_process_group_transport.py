@@ -17,9 +17,10 @@ from support.ranks import run_ranks
 
 from clipo_megatron.errors import CheckError, EngineError
 from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.sync.link_group import join
 from clipo_megatron.sync.placement import Placement
 from clipo_megatron.sync.plan import EngineLayout
-from clipo_megatron.sync.process_group_transport import PlannedReceives, PlannedSends, join
+from clipo_megatron.sync.process_group_transport import PlannedReceives, PlannedSends
 
 VERSIONS = 3
 
@@ -54,7 +55,7 @@ def _targets(case: Case) -> Parameters:
 
 def _group(folder: Path, size: int, timeout_s: float = 30.0):
     store = dist.FileStore(str(folder / "sync-store"), size)
-    return join(store, rank=dist.get_rank(), size=size, device="cpu", timeout_s=timeout_s)
+    return join(store, rank=dist.get_rank(), size=size, device="cpu", timeout_s=timeout_s, patience_s=60.0)
 
 
 def _synced(case: Case, folder: Path, bucket_bytes: int) -> dict[str, torch.Tensor]:
@@ -210,7 +211,7 @@ def test_a_bit_that_is_turned_on_the_way_is_seen(tmp_path: Path) -> None:
 
 def test_ends_that_do_not_fit_the_plan_are_refused(tmp_path: Path) -> None:
     numbered_folder(SMALL.arch, tmp_path)
-    group = join(dist.HashStore(), rank=0, size=1, device="cpu", timeout_s=5)
+    group = join(dist.HashStore(), rank=0, size=1, device="cpu", timeout_s=5, patience_s=60.0)
     shard, targets = shards_of(SMALL, tmp_path)[0], _targets(SMALL)
     short = {name: tensor for name, tensor in shard.items() if "linear_fc1" not in name}
     with pytest.raises(EngineError, match=r"trainer rank 0 has no parameter .*linear_fc1"):

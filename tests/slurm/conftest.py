@@ -51,6 +51,7 @@ def submit_run(lab, write_recipe, tmp_path):
             **environment,
         }
         output = f"--output={tmp_path / 'slurm-%j.out'}"
+        lab.wait_until_idle(*lab.names)  # or the job would get other nodes than the first ones
         words = ("--nodes=2", output, *options, str(SCRIPT), str(recipe), *OVER_TWO_NODES, *overrides)
         job = lab.submit(*words, **settings)
         return job, tmp_path / "jobs" / job

@@ -44,7 +44,7 @@ class SlurmLab:
         self._shared = shared
         self._root = folder / "slurm"
         self._prefix = f"lab{os.getpid()}"
-        self._names = [f"n{number}" for number in range(1, nodes + 1)]
+        self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._controller: subprocess.Popen[bytes] | None = None
         for name in ("etc", "state", "log", "run", "dev"):
@@ -62,9 +62,9 @@ class SlurmLab:
         self._make_network()
         command = ["slurmctld", "-D"]
         self._controller = self._popen(self._inside(_CONTROLLER, command), log="slurmctld.out")
-        for name in self._names:
+        for name in self.names:
             self.start_node(name)
-        self._wait_for(lambda: self.states().count("idle") == len(self._names), 60, "nodes did not become idle")
+        self._wait_for(lambda: self.states().count("idle") == len(self.names), 60, "nodes did not become idle")
 
     def stop(self) -> None:
         """Kill everything; the controller first, which would wait for lost nodes."""
@@ -72,7 +72,7 @@ class SlurmLab:
             _kill(self._controller)
         for name in list(self._nodes):
             self.kill_node(name)
-        for name in (_CONTROLLER, *self._names):
+        for name in (_CONTROLLER, *self.names):
             subprocess.run(["ip", "netns", "del", f"{self._prefix}-{name}"], capture_output=True)
 
     def run(self, *command: str, check: bool = True, timeout_s: float = 60, **environment: str) -> str:
@@ -113,13 +113,14 @@ class SlurmLab:
         """Start a requeued job without SLURM's two minutes of patience."""
         self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
 
-    def wait_until_idle(self, name: str) -> None:
-        """Wait until a node that was switched on again takes jobs; no job may be on it."""
+    def wait_until_idle(self, *names: str) -> None:
+        """Wait until nodes, say, one that was switched on again, take jobs; no job may be on them."""
+        selected = ("--nodes", ",".join(names))
 
-        def is_idle() -> bool:
-            return self.run("sinfo", "-h", "-n", name, "-o", "%T", check=False) == "idle"
+        def are_idle() -> bool:
+            return set(self.run("sinfo", "-h", "-N", *selected, "-o", "%T", check=False).split()) == {"idle"}
 
-        self._wait_for(is_idle, 60, f"{name} is not idle")
+        self._wait_for(are_idle, 90, f"{', '.join(names)}: not idle")
 
     def states(self) -> list[str]:
         """Of all nodes."""
@@ -170,7 +171,7 @@ class SlurmLab:
         _ip("-n", controller, "link", "add", bridge, "type", "bridge")
         _ip("-n", controller, "addr", "add", "10.77.0.254/24", "dev", bridge)
         _ip("-n", controller, "link", "set", bridge, "up")
-        for number, name in enumerate(self._names, 1):
+        for number, name in enumerate(self.names, 1):
             node = f"{self._prefix}-{name}"
             _ip("netns", "add", node)
             _ip("-n", node, "link", "set", "lo", "up")
@@ -182,11 +183,11 @@ class SlurmLab:
             _ip("-n", node, "route", "add", "default", "via", "10.77.0.254")
 
     def _write_configuration(self, gpus: int) -> None:
-        root, count = self._root, len(self._names)
+        root, count = self._root, len(self.names)
         for number in range(gpus):
             os.mknod(root / "dev" / f"nvidia{number}", 0o020666, os.makedev(1, 3))  # as /dev/null
         names = ["127.0.0.1 localhost", f"10.77.0.254 {_CONTROLLER}"]
-        names += [f"10.77.0.{number} {name}" for number, name in enumerate(self._names, 1)]
+        names += [f"10.77.0.{number} {name}" for number, name in enumerate(self.names, 1)]
         (root / "etc" / "hosts").write_text("\n".join(names) + "\n")
         (root / "etc" / "gres.conf").write_text(
             f"AutoDetect=off\nName=gpu Type=h100 File={root}/dev/nvidia[0-{gpus - 1}]\n"

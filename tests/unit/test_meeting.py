@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from clipo_megatron.errors import EngineError
 from clipo_megatron.sync.meeting import Meeting
@@ -15,7 +15,7 @@ from clipo_megatron.sync.meeting import Meeting
 SIZE = 3
 
 
-def _meeting(store: TCPStore, number: int, timeout_s: float) -> Meeting:
+def _meeting(store: TCPStore, number: int, patience_s: float) -> Meeting:
     return Meeting(
         host="127.0.0.1",
         port=store.port,
@@ -23,7 +23,8 @@ def _meeting(store: TCPStore, number: int, timeout_s: float) -> Meeting:
         size=SIZE,
         device="cpu",
         bucket_bytes=1,
-        timeout_s=timeout_s,
+        timeout_s=600.0,
+        patience_s=patience_s,
     )
 
 
@@ -43,3 +44,14 @@ def test_those_that_do_not_come_are_named_in_time_and_a_later_meeting_is_not_dis
         first.send([torch.arange(4.0)], 2, 0).wait()
         received.wait()
     assert found.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_one_that_came_and_died_before_all_were_connected_is_not_waited_for_as_long_as_for_a_message() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    PrefixStore("sync 1", store).set("seat 1", "taken")
+    with ThreadPoolExecutor(SIZE) as threads:
+        started = time.monotonic()
+        for waiting in [threads.submit(_meeting(store, 1, 2.0).join, rank) for rank in (0, 2)]:
+            with pytest.raises(EngineError, match="came to meeting 1 and was gone before all were connected"):
+                waiting.result()
+        assert time.monotonic() - started < 30

@@ -83,6 +83,7 @@ class Pair:
             device="cpu",
             bucket_bytes=20_000,
             timeout_s=TIMEOUT_S,
+            patience_s=TIMEOUT_S,
         )
         self._meetings += 1
         self._beside(_open, self.plan, meeting, own=lambda: self.engine.open_links(self.plan, 0, meeting))
