@@ -50,6 +50,7 @@ class EngineActors:
         self._run = uuid.uuid4().hex[:12]
         self._generation = [0] * len(self._options)
         self._fruitless: dict[str, int] = {}
+        self._starting: dict[str, ray.ObjectRef] = {}
         self.by_name: dict[str, Any] = {
             f"engine_{number}": self._create(number) for number in range(len(self._options))
         }
@@ -60,17 +61,20 @@ class EngineActors:
         """Of all engines, so far."""
         return sum(self._generation)
 
+    def begin_start(self) -> None:
+        """Have every engine load the model while the caller does something else; `start` waits for them."""
+        self._starting = {name: actor.start.remote() for name, actor in self.by_name.items()}
+
     def start(self) -> None:
-        """Load the model on every engine.
+        """Load the model on every engine, if `begin_start` did not begin that.
 
         Raises:
             WorkerError: one can't; its log has the traceback.
         """
-        gather(
-            {name: actor.start.remote() for name, actor in self.by_name.items()},
-            phase="start",
-            timeout_s=self._timeout_s,
-        )
+        if not self._starting:
+            self.begin_start()
+        gather(self._starting, phase="start", timeout_s=self._timeout_s)
+        self._starting = {}
 
     def note_answers(self, names: Sequence[str]) -> None:
         """These engines did what they are for: deaths before do not count as in a row with later ones."""

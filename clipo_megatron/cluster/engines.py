@@ -83,6 +83,10 @@ class RayEngines:
         gather_from_living(refs, phase="sleep", timeout_s=self._timeout_s)
         self._is_asleep = True
 
+    def begin_start(self) -> None:
+        """See `EngineActors.begin_start`."""
+        self._engines.begin_start()
+
     @telling_stacks()
     def start(self) -> None:
         """Load the model on every engine."""

@@ -23,7 +23,7 @@ from clipo_megatron.errors import WorkerError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.rollout.environment import engine_environment
 from clipo_megatron.slurm.job_folder import ATTEMPT_VARIABLE, NODES_VARIABLE
-from clipo_megatron.slurm.ray_node import address_of_head, start_timeout_s
+from clipo_megatron.slurm.ray_node import NO_SPARE_WORKERS, address_of_head, start_timeout_s
 
 OBJECT_STORE_BYTES = 512 << 20
 """Shared memory of a CPU run's object store; a bucket and a batch must fit."""
@@ -43,6 +43,7 @@ def ray_session(recipe: Recipe, *, device: Device) -> Iterator[None]:
         WorkerError: the cluster can't be joined.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(*NO_SPARE_WORKERS)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address := _address():
         try:
@@ -141,6 +142,8 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
         sync=sync_settings(recipe, device=device, gpus=sync_placement(placement, engine_ranks=rollout.tp)),
         max_restarts=rollout.max_restarts,
     )
+    if not rollout.colocate:  # on devices of their own they load beside the policy
+        engines.begin_start()
     policy.start()
     if rollout.colocate:
         policy.offload()

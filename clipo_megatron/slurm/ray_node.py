@@ -33,6 +33,8 @@ _NAMED_PORTS = (
     "metrics-export-port",
 )
 _SPARE_WORKER_PORTS = 64
+NO_SPARE_WORKERS = ("RAY_prestart_worker_first_driver", "0")
+"""Ray would start a process for each CPU of a node, which no actor uses: actors have environments of their own."""
 _TRIES = 3
 _EARLY_S = 150.0
 """A Ray that ends so soon after its start is started again: it gives up after half a minute of waiting for the head, and takes
@@ -96,6 +98,7 @@ def read_ports(folder: Path) -> dict[str, str]:
 
 def _run(folder: Path, *, is_head: bool) -> int:
     timeout_s = start_timeout_s()
+    os.environ.setdefault(*NO_SPARE_WORKERS)
     cpus = int(os.environ.get(CPUS_VARIABLE, _DEFAULT_CPUS))
     scratch = Path("/tmp") / f"clipo-ray-{os.environ.get('SLURM_JOB_ID', os.getpid())}"
     shutil.rmtree(scratch, ignore_errors=True)  # of an earlier attempt on this node

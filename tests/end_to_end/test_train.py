@@ -16,6 +16,7 @@ from conftest import run_clipo, start_clipo
 from clipo_megatron.controller.metrics import read_metrics
 
 STEPS = 3
+ONE_RANK = ("layout.world_size=1", "layout.tp=1")
 TIMING = ("seconds/", "checkpoint/", "rollout/tokens_per_s", "sync/floor_seconds")
 
 
@@ -143,7 +144,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, write_recipe, whole,
 
 def test_without_the_contrastive_term_it_is_plain_grpo_on_the_same_rollouts(tmp_path, write_recipe, whole):
     recipe = write_recipe(tmp_path, "plain", steps=1)
-    run_clipo("train", recipe, "contrastive.enabled=false")
+    run_clipo("train", recipe, "contrastive.enabled=false", *ONE_RANK)
     plain, clipo = _rollouts(tmp_path / "plain", 1), _rollouts(whole, 1)
     assert [r["response_ids"] for r in plain] == [r["response_ids"] for r in clipo]
     assert [r["prompt_ids"] for r in plain] == [r["prompt_ids"] for r in clipo]
@@ -159,7 +160,7 @@ def test_a_step_without_a_verdict_changes_nothing_and_the_run_goes_on(tmp_path, 
     rows = [{"question": f"{number}+1=?", "answer": "\\boxed{9^{9^{9^{9}}}}"} for number in range(8)]
     (tmp_path / "poison.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = write_recipe(tmp_path, "poison", steps=2)
-    run_clipo("train", recipe, f"data.train=[{tmp_path / 'poison.jsonl'}]")
+    run_clipo("train", recipe, f"data.train=[{tmp_path / 'poison.jsonl'}]", *ONE_RANK)
     version = 0
     for step, row in enumerate(read_metrics(tmp_path / "poison" / "metrics.jsonl"), start=1):
         rollouts = _rollouts(tmp_path / "poison", step)
@@ -174,7 +175,7 @@ def test_a_step_without_a_verdict_changes_nothing_and_the_run_goes_on(tmp_path, 
 
 def test_a_stop_signal_ends_after_the_step_with_a_checkpoint(tmp_path, write_recipe):
     recipe = write_recipe(tmp_path, "stopped", steps=1000)
-    process = start_clipo("train", recipe, "contrastive.warmup_steps=2")
+    process = start_clipo("train", recipe, "contrastive.warmup_steps=2", *ONE_RANK)
     _wait_for_row(tmp_path / "stopped", 1, process)
     family = _family(process)
     process.send_signal(signal.SIGTERM)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.prepared_run import ROOT, prepared, write_recipe
+from support.prepared_run import ROOT, common_folder, prepared, write_recipe
 from support.slurm_lab import SlurmLab, missing
 
 __all__ = ["lab", "prepared", "submit_run", "write_recipe"]
@@ -23,7 +23,7 @@ def lab(tmp_path_factory) -> Iterator[SlurmLab]:
         pytest.skip(f"no SLURM here: {lacking}")
     folder = tmp_path_factory.mktemp("slurm")
     # Below the folder of all tests' files, which the nodes see as a cluster's file system.
-    cluster = SlurmLab(folder, shared=tmp_path_factory.getbasetemp(), nodes=4)
+    cluster = SlurmLab(folder, shared=common_folder(tmp_path_factory), nodes=4)
     try:
         cluster.start()
         yield cluster

@@ -17,6 +17,9 @@ from support.prepared_run import ROOT
 
 STEPS = "run.steps=4"
 DEATHS = 5
+OF_ONE_RANK = ("layout.world_size=1", "rollout.engines=1")
+ONE_ENGINE = "rollout.engines=1"
+"""Which engine makes a rollout does not matter for it."""
 HANDED_ON = (
     *("PATH", "CLIPO_HOME", "CLIPO_PYTHON", "CLIPO_JOBS_DIR", "CLIPO_RAY_CPUS", "CLIPO_RAY_OBJECT_STORE_BYTES"),
     *("RAY_memory_monitor_refresh_ms", "CLIPO_FABRIC", "CLIPO_DOCTOR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"),
@@ -146,7 +149,8 @@ def test_usr1_before_the_driver_is_there_ends_the_attempt_and_a_job_that_may_not
 
 
 def test_a_cancelled_job_stays_cancelled_though_its_run_saves_and_would_go_on(lab, submit_run, tmp_path):
-    job, folder = submit_run("cancelled", "run.steps=1000", CLIPO_DOCTOR="off")
+    options = ("--nodes=1",)
+    job, folder = submit_run("cancelled", "run.steps=1000", *OF_ONE_RANK, options=options, CLIPO_DOCTOR="off")
     _wait_for_phase(tmp_path / "cancelled", 2, "generate")
     lab.run("scancel", job)
     lab.wait(job, "CANCELLED", "COMPLETED", "FAILED", "PENDING", timeout_s=60)
@@ -158,8 +162,9 @@ def test_a_cancelled_job_stays_cancelled_though_its_run_saves_and_would_go_on(la
 
 def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_on(lab, submit_run, tmp_path):
     # SIGCONT, one second before the end, is no warning.
-    options = ("--time=1", "--signal=B:CONT@1")
-    job, folder = submit_run("limit", "run.steps=1000", "checkpoint.every=1000", options=options, CLIPO_DOCTOR="off")
+    options = ("--nodes=1", "--time=1", "--signal=B:CONT@1")
+    overrides = ("run.steps=1000", "checkpoint.every=1000", *OF_ONE_RANK)
+    job, folder = submit_run("limit", *overrides, options=options, CLIPO_DOCTOR="off")
     found = lab.wait(job, "PENDING", "TIMEOUT", "FAILED", "COMPLETED", timeout_s=30)
     found = lab.wait(job, "RUNNING", timeout_s=30)
     found = lab.wait(job, "PENDING", "TIMEOUT", "FAILED", "COMPLETED", timeout_s=150)
@@ -190,7 +195,7 @@ def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(
     lab, submit_run, tmp_path, uninterrupted, phase, node, spare, is_told
 ):
     # With the doctor, which the run over two nodes has, each start would take ten seconds more.
-    overrides = (STEPS, "checkpoint.every=1", "checkpoint.asynchronous=false")
+    overrides = (STEPS, ONE_ENGINE, "checkpoint.every=1", "checkpoint.asynchronous=false")
     options = ("--nodes=3", "--no-kill") if spare else ()
     job, folder = submit_run("lost", *overrides, options=options, CLIPO_SPARE_NODES=str(spare), CLIPO_DOCTOR="off")
     _wait_for_phase(tmp_path / "lost", 2, phase)
@@ -214,7 +219,7 @@ def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(
 def test_a_job_that_loses_a_node_in_a_sync_goes_on_with_a_spare_one_and_is_the_same_run(
     lab, submit_run, tmp_path, uninterrupted
 ):
-    overrides = (STEPS, "checkpoint.every=1", "checkpoint.asynchronous=false")
+    overrides = (STEPS, ONE_ENGINE, "checkpoint.every=1", "checkpoint.asynchronous=false")
     options = ("--nodes=3", "--no-kill")
     job, folder = submit_run("spare", *overrides, options=options, CLIPO_SPARE_NODES="1", CLIPO_DOCTOR="off")
     _wait_for_phase(tmp_path / "spare", 2, "sync")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -20,16 +22,32 @@ def prepared(tmp_path_factory):
     """Folder with policy/, train.parquet and heldout.parquet, as the quickstart's but with shorter problems."""
     if _made:
         return _made[0]
+    # Beside it another process may run tests: one of them makes the policy, and the other waits for it.
+    folder = common_folder(tmp_path_factory) / "quickstart" / "prepared"
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder.parent / "whole").exists():
+            _prepare(folder)
+            (folder.parent / "whole").touch()
+    _made.append(folder)
+    return folder
+
+
+def common_folder(tmp_path_factory) -> Path:
+    """The folder of all tests' files, those of other processes of the same pytest too."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def _prepare(folder: Path) -> None:
     spec = importlib.util.spec_from_file_location("prepare", ROOT / "examples" / "quickstart" / "prepare.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["prepare"] = module
     spec.loader.exec_module(module)
-    folder = tmp_path_factory.mktemp("quickstart") / "prepared"
     module.NUM_TERMS, module.STOP_AT = 3, 0.4
     module.NUM_TRAIN, module.NUM_HELD_OUT, module.NUM_WARM_START, module.NUM_STOP = 256, 64, 900, 200
     module.prepare(folder, seed=0, console=Console(stderr=True))
-    _made.append(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +72,7 @@ def write_recipe(prepared):
             "rollout": {"max_response_tokens": 64, "kv_cache_mib": 64, "max_num_seqs": 32},
             "algorithm": {"prompts_per_step": 8, "group_size": 4, "updates_per_step": 2, "kl": {"coefficient": 0.01}},
             "contrastive": {"head_size": 32},
+            "rewards": {"workers": 1},
             "optimizer": {"learning_rate": 1e-4},
         }
         path = folder / f"{name}.yaml"
