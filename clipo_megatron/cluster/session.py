@@ -46,13 +46,7 @@ def ray_session(recipe: Recipe, *, device: Device) -> Iterator[None]:
     os.environ.setdefault(*NO_SPARE_WORKERS)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address := _address():
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise WorkerError(
-                f"no Ray cluster can be joined at {ADDRESS_VARIABLE} = {address} ({error}); start one there, or unset the "
-                "variable to run on this machine alone"
-            ) from error
+        _join(address)
         try:
             _wait_for_nodes()
             yield
@@ -61,6 +55,20 @@ def ray_session(recipe: Recipe, *, device: Device) -> Iterator[None]:
         return
     with _local_ray(recipe, device=device):
         yield
+
+
+def _join(address: str) -> None:
+    """Connect to a cluster. A head that had to be started again meanwhile has other ports: it is tried there."""
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if (newer := _address()) != address:
+            _join(newer)
+            return
+        raise WorkerError(
+            f"no Ray cluster can be joined at {ADDRESS_VARIABLE} = {address} ({error}); start one there, or unset the "
+            "variable to run on this machine alone"
+        ) from error
 
 
 def _address() -> str:
