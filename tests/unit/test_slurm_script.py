@@ -23,7 +23,14 @@ printf '%s\\n' "$*" >>"$CALLS/srun"
 case "$*" in
   --help) echo "--container-image=PATH" ;;
   *job_folder*) cp "$CALLS/job.json" "$CALLS/slurm-jobs/7/job.json" ;;
-  *driver.log*) exit "$DRIVER_CODE" ;;
+  *ray_node*)
+    [[ $RAY_STAYS ]] || exit 0
+    trap 'echo told >>"$CALLS/told"; exit' TERM
+    echo started >>"$CALLS/started"
+    for ((i = 0; i < 200; i++)); do /bin/sleep 0.1; done ;;
+  *driver.log*)
+    until [[ -z $RAY_STAYS || $(wc -l <"$CALLS/started") == 2 ]]; do /bin/sleep 0.1; done
+    exit "$DRIVER_CODE" ;;
   *--immediate=30*) [[ -z $DEAD_NODE || "$*" != *"$DEAD_NODE"* && "$*" != *--ntasks=2* ]] ;;
   *writable*) [[ -z $DEAD_AT_START ]] ;;
 esac
@@ -33,6 +40,7 @@ _SCONTROL = """\
 case "$*" in
   *hostnames*) printf 'n1\\nn2\\n' ;;
   requeue*)
+    [[ -z $RAY_STAYS ]] || cp "$CALLS/told" "$CALLS/told-before"
     echo asked >>"$CALLS/requeue"
     (($(wc -l <"$CALLS/requeue") > REFUSALS)) ;;
   *"show job"*) echo "JobId=7 Requeue=1 EndTime=Unknown" ;;
@@ -73,6 +81,7 @@ class Job:
                 "CLIPO_DOCTOR": "off",
                 "DRIVER_CODE": str(driver_code),
                 "DEAD_NODE": "",
+                "RAY_STAYS": "",
                 "DEAD_AT_START": "",
                 "REFUSALS": "0",
                 "SLURM_JOB_ID": "7",
@@ -121,6 +130,12 @@ def test_a_job_that_saves_in_every_attempt_or_is_told_to_stop_early_goes_on(job)
     for code in (85, 138, 85):  # an hour is left: not its time is too short
         assert job.attempt(code, left_s=3600) == 0
     assert job.requeues() == 6
+
+
+def test_ray_s_steps_hear_of_the_end_before_the_job_is_put_back(job):
+    """One that lives on could cancel the next attempt's steps, which have the same numbers."""
+    assert job.attempt(85, left_s=3600, RAY_STAYS="1") == 0
+    assert (job.folder / "told-before").read_text() == "told\ntold\n"
 
 
 def test_a_requeue_that_is_refused_is_asked_for_again_and_told_when_it_stays_so(job):
