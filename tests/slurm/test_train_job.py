@@ -48,7 +48,7 @@ def _go_on(lab, job: str, folder: Path, *, without: str = "") -> None:
     assert (found["JobState"], found["Restarts"]) == ("PENDING", "1"), told(job, folder)
     if without:  # what is left of the old steps would cancel the new ones, which have the same numbers
         lab.wait_until_idle("n1")
-    lab.restart_now(job)
+    lab.restart_soon(job)
     _finish(lab, job, folder)
     assert (folder / "attempt-1" / "phase").read_text() == "done\n"
 
@@ -173,7 +173,7 @@ def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_
     steps = [row["step"] for row in metrics(tmp_path / "limit")] if came_to_steps else []
     saved = [path.name for path in (tmp_path / "limit" / "checkpoints").glob("step_*")]
     if steps:
-        lab.restart_now(job)
+        lab.restart_soon(job)
         _wait_for_phase(tmp_path / "limit", len(steps) + 1, "train")
     lab.run("scancel", job)
     lab.wait_until_idle("n1")

@@ -109,9 +109,9 @@ class SlurmLab:
         self._wait_for(is_there, timeout_s, f"job {number} is not {' or '.join(states)}", found)
         return found
 
-    def restart_now(self, number: str) -> None:
-        """Start a requeued job without SLURM's two minutes of patience."""
-        self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
+    def restart_soon(self, number: str) -> None:
+        """Start a requeued job after some seconds of SLURM's two minutes of patience: at once, the old steps are not gone."""
+        self.run("scontrol", "update", f"jobid={number}", "StartTime=now+8")
 
     def wait_until_idle(self, *names: str) -> None:
         """Wait until nodes, say, one that was switched on again, take jobs; no job may be on them."""
