@@ -39,10 +39,8 @@ def _finish(lab, job: str, folder: Path, *, timeout_s: float = 400) -> None:
 
 def _go_on(lab, job: str, folder: Path, *, without: str = "") -> None:
     """See that SLURM has the job in its queue again, and let it start without a pause, on other nodes than `without`."""
-    if (
-        without
-    ):  # SLURM waits for its answer for minutes before it lets the job go; told sooner, it would end the script
-        lab.wait(job, "COMPLETING", "PENDING", "COMPLETED", "FAILED", timeout_s=300)
+    if without:  # SLURM itself waits for its answer for minutes, before it lets the job go
+        _wait_for_text(folder / "attempt-0" / "phase", "requeue\n")
         lab.run("scontrol", "update", f"nodename={without}", "state=down", "reason=test")
     found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=90)
     assert (found["JobState"], found["Restarts"]) == ("PENDING", "1"), told(job, folder)
