@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
 from clipo_megatron.cluster.engine_actors import EngineActors
-from clipo_megatron.cluster.gather import WorkersDied, gather, gather_from_living, gather_in_time, together
+from clipo_megatron.cluster.gather import (
+    WorkersDied,
+    WorkersLate,
+    gather,
+    gather_from_living,
+    gather_in_time,
+    together,
+)
 from clipo_megatron.cluster.memory_use import MemoryUse
 from clipo_megatron.cluster.planned_sync import PlannedSync, SyncSettings, open_planned_sync
 from clipo_megatron.cluster.policy import PolicyWeights
@@ -128,8 +136,8 @@ class RayEngines:
     def update_weights(self, version: int, weights: object) -> SyncReport:
         """See `controller.Engines`; `weights` is what `RayPolicy.weight_buckets` gives. The first call settles the transport.
 
-        An engine that fails stays without a version and refuses to generate; one that dies is started again, and the update
-        is repeated for those that do not hold it yet.
+        An engine that fails stays without a version and refuses to generate; one that dies, or is late after the first update
+        and is killed for it, is started again, and the update is repeated for those that do not hold it yet.
 
         Raises:
             WorkerError: a worker failed or is late, or died and may not be started again: who, in which phase, and why.
@@ -141,7 +149,8 @@ class RayEngines:
         if self.turns is not None:
             self.turns.to_engines()
         try:
-            report = self._bring(version, weights, None)
+            with self._killing_late():
+                report = self._bring(version, weights, None)
         except WorkersDied as died:
             report = self._recover(died, version, weights)
         self._newest = (version, weights)
@@ -154,9 +163,23 @@ class RayEngines:
             self._engines.replace(died)
             self._newcomers |= set(died.workers)
             try:
-                return self._bring(version, weights, self._lagging(version))
+                with self._killing_late():
+                    return self._bring(version, weights, self._lagging(version))
             except WorkersDied as again:
                 died = again
+
+    @contextmanager
+    def _killing_late(self) -> Generator[None]:
+        """Make engines that are late in an update dead ones.
+
+        Not in the first update, which shows a deadline that is too short, and not when a rank is late as well.
+        """
+        try:
+            yield
+        except WorkersLate as late:
+            if self._newest is None or not set(late.workers) <= self._actors.keys():
+                raise
+            raise WorkersDied(kill_late(late), late.workers) from late
 
     def _lagging(self, version: int) -> list[str]:
         """Engines that do not serve `version`, whatever they do serve; an update of theirs is given up."""

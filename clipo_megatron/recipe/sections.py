@@ -257,7 +257,8 @@ class SyncSection(Section):
     bucket_mib: Positive = 256
     """Size of one bucket of whole Hugging Face tensors, or of slices that are sent between nodes; a larger one travels alone."""
     timeout_s: PositiveFloat = 600.0
-    """Deadline of each phase of a sync (begin, transfer, commit); past it the run ends and names who is late."""
+    """Deadline of each phase of a sync (begin, transfer, commit). Past it engines that are late are killed and started again;
+    where it is a policy rank, or in the first sync, the run ends and names who is late."""
 
 
 class CheckpointSection(Section):
@@ -320,4 +321,5 @@ class RunSection(Section):
     start_timeout_s: PositiveFloat = 1800.0
     """Deadline for all policy ranks or all engines to load the model and be ready."""
     worker_timeout_s: PositiveFloat = 1800.0
-    """Deadline of one phase (generate, score, train) on every worker; past it the run ends and names who is late."""
+    """Deadline of one phase (generate, score, train) on every worker. Past it engines that are late are killed and started again;
+    where it is a policy rank, the run ends and names who is late."""

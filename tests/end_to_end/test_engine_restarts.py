@@ -46,18 +46,21 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _stop_in_generation(run: Path, process: subprocess.Popen[str], log: str) -> int:
-    """Stop an engine while it owes an answer; its process. One that was quicker goes on and is caught in a later step."""
+def _stop(run: Path, process: subprocess.Popen[str], log: str, *, seen: str, caught: str) -> int:
+    """Stop an engine in phase `seen` so that it hangs in `caught` of the same step; its process.
+
+    One that was quicker than the signal goes on, and is caught in a later step.
+    """
     while True:
         assert process.poll() is None, process.communicate()
-        phase = _phase(run)
-        if not phase.endswith(" generate") or int(phase.split()[0]) < 3:  # the first steps wait for much else
+        step, _, phase = _phase(run).partition(" ")
+        if phase != seen or int(step) < 3:  # the first sync is not survived
             time.sleep(0.002)
             continue
         pid = _processes(run)[log]
         os.kill(pid, signal.SIGSTOP)
-        time.sleep(5)  # the other engine's answer needs a fraction of it
-        if _phase(run) == phase:
+        time.sleep(5)  # what else there is to do needs a fraction of it
+        if _phase(run) == f"{step} {caught}":
             return pid
         os.kill(pid, signal.SIGCONT)
 
@@ -96,19 +99,25 @@ def test_an_engine_that_dies_while_another_is_started_again_is_started_again_as_
     assert not [pid for pid in _processes(run).values() if _is_alive(pid)]
 
 
-def test_an_engine_that_hangs_is_killed_and_started_again_with_its_stacks_told(write_recipe, tmp_path, undisturbed):
+def test_engines_that_hang_are_killed_and_started_again_with_their_stacks_told(write_recipe, tmp_path, undisturbed):
+    """One in generation, and later the other in a weight sync."""
     run = tmp_path / "run"
     recipe = write_recipe(tmp_path, "run", worker_timeout_s=20)
-    process = start_clipo("train", recipe, *OVERRIDES)
-    hung = _stop_in_generation(run, process, "engine_1.log")
+    process = start_clipo("train", recipe, *OVERRIDES, "sync.timeout_s=20")
+    hung = [
+        _stop(run, process, "engine_1.log", seen="generate", caught="generate"),
+        _stop(run, process, "engine_0.log", seen="train", caught="sync"),
+    ]
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, f"{out}\n{err}"
-    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["rollout/engine_restarts"] == 1
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["rollout/engine_restarts"] == 2
     told = (run / "driver.log").read_text()
     assert "generate: not done after 20 s: engine_1; the others are" in told, told
     assert "engine_1 is stopped" in told
+    assert "sync begin: not done after 20 s: engine_0; the others are" in told, told
+    assert "engine_0 is stopped" in told
     assert "most recent call first" in (run / "logs" / "policy_0.log").read_text()
-    assert not _is_alive(hung)
+    assert not [pid for pid in hung if _is_alive(pid)]
     assert _metrics(run) == _metrics(undisturbed)
 
 
