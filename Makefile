@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3.11
 SEED ?= 0
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet --no-deps
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet --no-deps --no-compile
 
 # Threads that wait must not spin: on a busy machine of two cores that costs a factor of five.
 export OMP_WAIT_POLICY := passive

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-ALONE = ("colocation", "engine_restarts", "hung_workers", "security", "sync_faults", "train.py")
+ALONE = ("engine_restarts", "hung_workers", "security", "sync_faults")
 RUNS = ("tests/slurm/", *(f"tests/end_to_end/test_{name}" for name in ALONE))
 """They keep several processes busy for minutes, and wait for them with deadlines."""
 

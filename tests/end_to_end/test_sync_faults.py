@@ -34,6 +34,7 @@ from clipo_megatron.policy.settings import AlgorithmSettings, OptimizerSettings,
 from clipo_megatron.records import RolloutGroup
 from clipo_megatron.rollout.environment import engine_environment
 from clipo_megatron.rollout.settings import EngineSettings
+from clipo_megatron.slurm.ray_node import NO_SPARE_WORKERS
 from clipo_megatron.sync.placement import place_apart
 from clipo_megatron.sync.plan import EngineLayout
 
@@ -154,6 +155,7 @@ def _sync_settings(folder: Path, timeout_s: float = TIMEOUT_S) -> SyncSettings:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = make_tiny_hf(tmp_path_factory.mktemp("model"), "qwen3")
     logs = tmp_path_factory.mktemp("logs")
+    os.environ.setdefault(*NO_SPARE_WORKERS)
     ray.init(
         address="local",
         num_cpus=NUM_ENGINES + TRAINER.world_size,

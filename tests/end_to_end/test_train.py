@@ -125,23 +125,6 @@ def test_the_exported_checkpoint_answers_like_the_policy(whole, prepared):
     assert measures["pass@1"] == np.mean([answer["verdict"] == "correct" for answer in answers])
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, write_recipe, whole, prepared):
-    recipe = write_recipe(tmp_path, "killed", steps=STEPS)
-    arguments = (
-        "train", recipe, "checkpoint.every=1", f"data.evaluation=[{prepared / 'heldout.parquet'}]",
-        "evaluation.max_prompts=32",
-    )  # fmt: skip
-    process = start_clipo(*arguments)
-    _wait_for_row(tmp_path / "killed", np.random.default_rng(time.time_ns()).integers(1, STEPS), process)
-    time.sleep(np.random.default_rng(time.time_ns()).uniform(0, 2))
-    for member in _family(process):
-        member.kill()
-    process.wait()
-    out = run_clipo(*arguments)
-    assert "done" in out
-    assert _numbers(tmp_path / "killed") == _numbers(whole)
-
-
 def test_without_the_contrastive_term_it_is_plain_grpo_on_the_same_rollouts(tmp_path, write_recipe, whole):
     recipe = write_recipe(tmp_path, "plain", steps=1)
     run_clipo("train", recipe, "contrastive.enabled=false", *ONE_RANK)
@@ -190,12 +173,19 @@ def test_a_stop_signal_ends_after_the_step_with_a_checkpoint(tmp_path, write_rec
     _assert_gone(family)
 
 
-def test_a_dead_worker_ends_the_run_with_its_name_and_no_orphans(tmp_path, write_recipe):
-    recipe = write_recipe(tmp_path, "dead", steps=1000)
-    process = start_clipo("train", recipe)
-    _wait_for_row(tmp_path / "dead", 1, process)
+def test_a_dead_worker_ends_the_run_with_its_name_and_no_orphans_and_it_goes_on_bit_for_bit(
+    tmp_path, write_recipe, whole, prepared
+):
+    recipe = write_recipe(tmp_path, "dead", steps=STEPS)
+    arguments = (
+        "train", recipe, "checkpoint.every=1", f"data.evaluation=[{prepared / 'heldout.parquet'}]",
+        "evaluation.max_prompts=32",
+    )  # fmt: skip
+    run = tmp_path / "dead"
+    process = start_clipo(*arguments)
+    _wait_for_row(run, np.random.default_rng(time.time_ns()).integers(1, STEPS), process)
     family = _family(process)
-    log = (tmp_path / "dead" / "logs" / "policy_1.log").read_text()
+    log = (run / "logs" / "policy_1.log").read_text()
     os.kill(int(log.split("rank 1 is process ")[1].split()[0]), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -203,6 +193,12 @@ def test_a_dead_worker_ends_the_run_with_its_name_and_no_orphans(tmp_path, write
     assert line.startswith("clipo: policy_1 died in ")
     assert "Traceback" not in err
     _assert_gone(family)
+    assert "done" in run_clipo(*arguments)
+    assert _numbers(run) == _numbers(whole)
+    for step in range(1, STEPS + 1):
+        assert _rollouts(run, step) == _rollouts(whole, step)
+    weights = Path("hf", "final", "model.safetensors")
+    assert (run / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 def _assert_gone(family: list[psutil.Process]) -> None:

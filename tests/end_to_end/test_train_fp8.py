@@ -8,8 +8,14 @@ from conftest import run_clipo, start_clipo
 
 from clipo_megatron.controller.metrics import read_metrics
 
-LAYOUT = ("layout.world_size=2", "layout.tp=1", "layout.cp=2", "algorithm.updates_per_step=1")
-FP8 = ("precision.recipe=tensorwise", "contrastive.gradient=policy", "contrastive.policy_gradient_weight=0.1")
+LAYOUT = ("layout.world_size=2", "layout.tp=1", "layout.cp=2")
+ONE_RANK = ("layout.world_size=1", "layout.tp=1")
+FP8 = (
+    "precision.recipe=tensorwise",
+    "algorithm.updates_per_step=1",
+    "contrastive.gradient=policy",
+    "contrastive.policy_gradient_weight=0.1",
+)
 
 
 def test_it_trains_and_tells_the_mismatch_of_every_step(tmp_path, write_recipe):
@@ -27,7 +33,7 @@ def test_it_trains_and_tells_the_mismatch_of_every_step(tmp_path, write_recipe):
 
 def test_the_gate_names_fp8_among_the_suspects(tmp_path, write_recipe):
     recipe = write_recipe(tmp_path, "fp8", steps=2)
-    process: subprocess.Popen[str] = start_clipo("train", recipe, *LAYOUT, *FP8)
+    process: subprocess.Popen[str] = start_clipo("train", recipe, *ONE_RANK, *FP8)
     _, error = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "step-0 gate" in error

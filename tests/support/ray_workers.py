@@ -10,12 +10,14 @@ import ray
 
 from clipo_megatron.cluster.actors import reports_failure
 from clipo_megatron.cluster.worker_log import LoggedWorker
+from clipo_megatron.slurm.ray_node import NO_SPARE_WORKERS
 
 
 @contextmanager
 def local_ray():
     """Within the block this process drives a small Ray, whose workers can import the tests' support."""
     tests = Path(__file__).parents[1]
+    os.environ.setdefault(*NO_SPARE_WORKERS)
     ray.init(
         address="local",
         num_cpus=4,
