@@ -3,10 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3.11
 SEED ?= 0
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet --no-deps --no-compile
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet --no-deps
 
 # Threads that wait must not spin: on a busy machine of two cores that costs a factor of five.
 export OMP_WAIT_POLICY := passive
+# Tests start hundreds of processes: what all of them import is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test check format clean-venv
