@@ -19,3 +19,9 @@ def pytest_xdist_make_scheduler(config, log):
             return "runs" if nodeid.startswith(RUNS) else nodeid.partition("::")[0]
 
     return Lanes(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """The lane of runs is the longest scope, so it is begun first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(RUNS))

@@ -190,7 +190,7 @@ def test_a_dead_worker_ends_the_run_with_its_name_and_no_orphans_and_it_goes_on_
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     (line,) = [line for line in err.splitlines() if line.startswith("clipo: ")]
-    assert line.startswith("clipo: policy_1 died in ")
+    assert "policy_1 died in " in line  # in whatever it was: a step, or the save after it
     assert "Traceback" not in err
     _assert_gone(family)
     assert "done" in run_clipo(*arguments)

@@ -124,7 +124,7 @@ def test_usr1_in_the_middle_of_a_step_saves_requeues_and_goes_on_from_there(lab,
     _go_on(lab, job, folder)
     assert "the run was saved before its end" in (folder / "attempt-0" / "batch.log").read_text()
     _assert_same_run(tmp_path / "told", uninterrupted)
-    assert "on n2" in (tmp_path / "told" / "logs" / "policy_1.log").read_text()
+    assert "on n2" in (tmp_path / "told" / "logs" / "engine_0.log").read_text()
 
 
 def test_usr1_before_the_driver_is_there_ends_the_attempt_and_a_job_that_may_not_go_on_says_so(
