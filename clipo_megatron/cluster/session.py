@@ -27,7 +27,10 @@ from clipo_megatron.slurm.ray_node import NO_SPARE_WORKERS, address_of_head, sta
 
 OBJECT_STORE_BYTES = 512 << 20
 """Shared memory of a CPU run's object store; a bucket and a batch must fit."""
+_TRIES = 3
+"""To start Ray."""
 
+logger = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 """Of the cluster to join, HOST:PORT; Ray's own variable."""
@@ -100,12 +103,8 @@ def _wait_for_nodes() -> None:
 def _local_ray(recipe: Recipe, *, device: Device) -> Iterator[None]:
     # Ray's sockets live in its temporary folder, and a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="clipo", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        ray.init(
-            address="local",
+        _start(
             num_cpus=recipe.slots,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES + 4 * (recipe.sync.bucket_mib << 20) if device == "cpu" else None,
             _temp_dir=folder,
         )
@@ -113,6 +112,29 @@ def _local_ray(recipe: Recipe, *, device: Device) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _start(**options: Any) -> None:  # noqa: ANN401 (Ray's own)
+    """Start Ray here. It gives itself half a minute, which is too little on a busy machine: then it is tried again.
+
+    Raises:
+        WorkerError: in none of the tries it came up.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            ray.init(
+                address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
+            )
+        except Exception as error:  # Ray raises no narrower one; what it has started ends with this process
+            ray.shutdown()
+            if not tries_left:
+                raise WorkerError(
+                    f"Ray can't be started on this machine, tried {_TRIES} times ({error}); see whether processors, memory or the "
+                    "space of /tmp are used up by others"
+                ) from error
+            logger.warning("Ray did not start (%s); it is tried again", error)
+        else:
+            return
 
 
 def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolicy, RayEngines]:
