@@ -25,6 +25,7 @@ from support.tiny_models import make_tiny_hf
 from clipo_megatron.cluster.engines import RayEngines
 from clipo_megatron.cluster.planned_sync import PlannedSync, SyncSettings, open_planned_sync
 from clipo_megatron.cluster.policy import PolicyWeights, RayPolicy
+from clipo_megatron.cluster.session import _start
 from clipo_megatron.cluster.streamed_sync import StreamedSync
 from clipo_megatron.cluster.sync_ways import Deadline
 from clipo_megatron.errors import ConfigError, WorkerError
@@ -156,13 +157,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = make_tiny_hf(tmp_path_factory.mktemp("model"), "qwen3")
     logs = tmp_path_factory.mktemp("logs")
     os.environ.setdefault(*NO_SPARE_WORKERS)
-    ray.init(
-        address="local",
-        num_cpus=NUM_ENGINES + TRAINER.world_size,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-    )
+    _start(num_cpus=NUM_ENGINES + TRAINER.world_size, object_store_memory=100 << 20)
     try:
         policy = _policy(folder, logs)
         engines = RayEngines(

@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 
 from clipo_megatron.cluster.actors import reports_failure
+from clipo_megatron.cluster.session import _start
 from clipo_megatron.cluster.worker_log import LoggedWorker
 from clipo_megatron.slurm.ray_node import NO_SPARE_WORKERS
 
@@ -18,11 +19,8 @@ def local_ray():
     """Within the block this process drives a small Ray, whose workers can import the tests' support."""
     tests = Path(__file__).parents[1]
     os.environ.setdefault(*NO_SPARE_WORKERS)
-    ray.init(
-        address="local",
+    _start(
         num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
         object_store_memory=100 << 20,
         runtime_env={"env_vars": {"PYTHONPATH": f"{tests}:{tests.parent}"}},
     )
