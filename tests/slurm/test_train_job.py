@@ -171,9 +171,8 @@ def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_
     steps = [row["step"] for row in metrics(tmp_path / "limit")] if came_to_steps else []
     saved = [path.name for path in (tmp_path / "limit" / "checkpoints").glob("step_*")]
     if steps:
-        lab.run(
-            "scontrol", "update", f"jobid={job}", "TimeLimit=10"
-        )  # a busy machine may take one minute to start again
+        # A busy machine may take the one minute to start again.
+        lab.run("scontrol", "update", f"jobid={job}", "TimeLimit=10")
         lab.restart_soon(job)
         _wait_for_phase(tmp_path / "limit", len(steps) + 1, "train")
     lab.run("scancel", job)
