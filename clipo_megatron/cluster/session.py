@@ -17,20 +17,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from clipo_megatron.cluster.engines import RayEngines
 from clipo_megatron.cluster.placement import Node, Placement, place_colocated, place_workers, sync_placement
 from clipo_megatron.cluster.policy import RayPolicy
+from clipo_megatron.cluster.ray_start import start_ray
 from clipo_megatron.cluster.settings import Device, engine_settings, policy_settings, sync_settings
 from clipo_megatron.cluster.turns import DeviceTurns
 from clipo_megatron.errors import WorkerError
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.rollout.environment import engine_environment
 from clipo_megatron.slurm.job_folder import ATTEMPT_VARIABLE, NODES_VARIABLE
-from clipo_megatron.slurm.ray_node import NO_SPARE_WORKERS, address_of_head, start_timeout_s
+from clipo_megatron.slurm.ray_node import address_of_head, start_timeout_s
 
 OBJECT_STORE_BYTES = 512 << 20
 """Shared memory of a CPU run's object store; a bucket and a batch must fit."""
-_TRIES = 3
-"""To start Ray."""
-
-logger = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 """Of the cluster to join, HOST:PORT; Ray's own variable."""
@@ -46,7 +43,6 @@ def ray_session(recipe: Recipe, *, device: Device) -> Iterator[None]:
         WorkerError: the cluster can't be joined.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(*NO_SPARE_WORKERS)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address := _address():
         _join(address)
@@ -103,7 +99,7 @@ def _wait_for_nodes() -> None:
 def _local_ray(recipe: Recipe, *, device: Device) -> Iterator[None]:
     # Ray's sockets live in its temporary folder, and a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="clipo", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        _start(
+        start_ray(
             num_cpus=recipe.slots,
             object_store_memory=OBJECT_STORE_BYTES + 4 * (recipe.sync.bucket_mib << 20) if device == "cpu" else None,
             _temp_dir=folder,
@@ -112,29 +108,6 @@ def _local_ray(recipe: Recipe, *, device: Device) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
-
-
-def _start(**options: Any) -> None:  # noqa: ANN401 (Ray's own)
-    """Start Ray here. It gives itself half a minute, which is too little on a busy machine: then it is tried again.
-
-    Raises:
-        WorkerError: in none of the tries it came up.
-    """
-    for tries_left in reversed(range(_TRIES)):
-        try:
-            ray.init(
-                address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
-            )
-        except Exception as error:  # Ray raises no narrower one; what it has started ends with this process
-            ray.shutdown()
-            if not tries_left:
-                raise WorkerError(
-                    f"Ray can't be started on this machine, tried {_TRIES} times ({error}); see whether processors, memory or the "
-                    "space of /tmp are used up by others"
-                ) from error
-            logger.warning("Ray did not start (%s); it is tried again", error)
-        else:
-            return
 
 
 def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolicy, RayEngines]:

@@ -9,6 +9,9 @@ from support.ray_workers import Worker, local_ray
 from clipo_megatron.cluster.gather import gather, gather_from
 from clipo_megatron.errors import WorkerError
 
+WAIT_S = 240
+"""For what happens in a moment, but on a machine that others keep busy."""
+
 
 @pytest.fixture(scope="module")
 def cluster():
@@ -19,13 +22,14 @@ def cluster():
 @pytest.fixture
 def workers(cluster, tmp_path):
     actor = ray.remote(Worker)
-    names = ["policy_0", "policy_1", "engine_0"]
-    return {name: actor.remote(name, str(tmp_path)) for name in names}
+    found = {name: actor.remote(name, str(tmp_path)) for name in ["policy_0", "policy_1", "engine_0"]}
+    gather({name: worker.echo.remote(1) for name, worker in found.items()}, phase="start", timeout_s=WAIT_S)
+    return found
 
 
 def test_results_come_back_under_the_workers_names(workers):
     refs = {name: worker.echo.remote(name * 2, 0.1 * number) for number, (name, worker) in enumerate(workers.items())}
-    assert gather(refs, phase="echo", timeout_s=30) == {name: name * 2 for name in workers}
+    assert gather(refs, phase="echo", timeout_s=WAIT_S) == {name: name * 2 for name in workers}
 
 
 def test_the_earliest_exception_is_the_cause_and_its_traceback_is_in_the_log(workers, tmp_path):
@@ -35,7 +39,7 @@ def test_the_earliest_exception_is_the_cause_and_its_traceback_is_in_the_log(wor
         "engine_0": workers["engine_0"].echo.remote(1),
     }
     with pytest.raises(WorkerError, match=r"^policy_1 failed in fail: ValueError: loss is nan$"):
-        gather(refs, phase="train", timeout_s=30)
+        gather(refs, phase="train", timeout_s=WAIT_S)
     log = (tmp_path / "policy_1.log").read_text()
     assert "Traceback" in log
     assert "loss is nan" in log
@@ -48,16 +52,15 @@ def test_a_death_is_the_cause_of_the_others_failures(workers):
         "engine_0": workers["engine_0"].echo.remote(1),
     }
     with pytest.raises(WorkerError, match=r"^policy_1 died in train: its process ended"):
-        gather(refs, phase="train", timeout_s=30)
+        gather(refs, phase="train", timeout_s=WAIT_S)
 
 
 def test_the_late_are_named_after_the_deadline(workers):
     refs = {name: worker.echo.remote(1, 20 if name == "policy_1" else 0) for name, worker in workers.items()}
-    gather({"engine_0": workers["engine_0"].echo.remote(1)}, phase="warm", timeout_s=30)
     start = time.monotonic()
-    with pytest.raises(WorkerError, match=r"score: not done after 3 s: policy_1;"):
-        gather(refs, phase="score", timeout_s=3)
-    assert time.monotonic() - start < 10
+    with pytest.raises(WorkerError, match=r"score: not done after 5 s: policy_1;"):
+        gather(refs, phase="score", timeout_s=5)
+    assert time.monotonic() - start < 15
 
 
 def test_a_failure_in_time_is_the_cause_and_those_that_wait_for_it_are_not_blamed(workers):
@@ -66,11 +69,10 @@ def test_a_failure_in_time_is_the_cause_and_those_that_wait_for_it_are_not_blame
         "policy_1": workers["policy_1"].echo.remote(1, 20),
     }
     with pytest.raises(WorkerError, match=r"^policy_0 failed in fail: ValueError: no room for a bucket$"):
-        gather_from("policy_0", refs, phase="sync transfer", timeout_s=60)
+        gather_from("policy_0", refs, phase="sync transfer", timeout_s=WAIT_S)
 
 
 def test_of_workers_that_wait_for_one_another_the_one_that_says_nothing_is_blamed(workers):
-    gather({name: worker.echo.remote(1) for name, worker in workers.items()}, phase="warm", timeout_s=30)
     refs = {
         "policy_0": workers["policy_0"].fail.remote("timed out waiting for policy_1", 2.0),
         "policy_1": workers["policy_1"].echo.remote(1, 20),
@@ -82,19 +84,18 @@ def test_of_workers_that_wait_for_one_another_the_one_that_says_nothing_is_blame
 def test_one_result_is_waited_for_and_the_death_of_another_is_seen_meanwhile(workers):
     others = {"policy_1": workers["policy_1"].echo.remote(1, 20)}
     first = {"policy_0": workers["policy_0"].echo.remote(7)}
-    assert gather_from("policy_0", first | others, phase="sync transfer", timeout_s=60) == 7
+    assert gather_from("policy_0", first | others, phase="sync transfer", timeout_s=WAIT_S) == 7
     then = {
         "policy_0": workers["policy_0"].echo.remote(8, 20),
         "engine_0": workers["engine_0"].die.remote(),
     }
     with pytest.raises(WorkerError, match=r"^engine_0 died in sync transfer: its process ended"):
-        gather_from("policy_0", then | others, phase="sync transfer", timeout_s=60)
+        gather_from("policy_0", then | others, phase="sync transfer", timeout_s=WAIT_S)
 
 
 def test_a_phase_that_began_before_has_the_rest_of_its_time_only(workers):
-    gather({name: worker.echo.remote(1) for name, worker in workers.items()}, phase="warm", timeout_s=30)
     done = {"policy_0": workers["policy_0"].echo.remote(3)}
-    ray.wait(list(done.values()), timeout=30)
+    ray.wait(list(done.values()), timeout=WAIT_S)
     began = time.monotonic() - 600
     assert gather(done, phase="sync transfer", timeout_s=600, since=began) == {"policy_0": 3}
     late = {"policy_1": workers["policy_1"].echo.remote(1, 20)}

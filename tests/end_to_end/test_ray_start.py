@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 
-from clipo_megatron.cluster import session
+from clipo_megatron.cluster.ray_start import start_ray
 from clipo_megatron.errors import WorkerError
 
 ROOM = 100 << 20
@@ -22,7 +22,7 @@ def test_a_ray_that_does_not_come_up_in_its_half_minute_is_tried_again(monkeypat
 
     monkeypatch.setattr(ray, "init", late_once)
     try:
-        session._start(num_cpus=1, object_store_memory=ROOM)
+        start_ray(num_cpus=1, object_store_memory=ROOM)
         assert ray.cluster_resources()["CPU"] == 1
     finally:
         ray.shutdown()
@@ -34,5 +34,5 @@ def test_a_ray_that_never_comes_up_ends_the_run_with_the_reason():
     with pytest.raises(
         WorkerError, match=r"^Ray can't be started on this machine, tried 3 times \(.*object store memory"
     ):
-        session._start(num_cpus=1, object_store_memory=1)
+        start_ray(num_cpus=1, object_store_memory=1)
     assert not ray.is_initialized()

@@ -25,7 +25,7 @@ from support.tiny_models import make_tiny_hf
 from clipo_megatron.cluster.engines import RayEngines
 from clipo_megatron.cluster.planned_sync import PlannedSync, SyncSettings, open_planned_sync
 from clipo_megatron.cluster.policy import PolicyWeights, RayPolicy
-from clipo_megatron.cluster.session import _start
+from clipo_megatron.cluster.ray_start import start_ray
 from clipo_megatron.cluster.streamed_sync import StreamedSync
 from clipo_megatron.cluster.sync_ways import Deadline
 from clipo_megatron.errors import ConfigError, WorkerError
@@ -35,7 +35,6 @@ from clipo_megatron.policy.settings import AlgorithmSettings, OptimizerSettings,
 from clipo_megatron.records import RolloutGroup
 from clipo_megatron.rollout.environment import engine_environment
 from clipo_megatron.rollout.settings import EngineSettings
-from clipo_megatron.slurm.ray_node import NO_SPARE_WORKERS
 from clipo_megatron.sync.placement import place_apart
 from clipo_megatron.sync.plan import EngineLayout
 
@@ -156,8 +155,7 @@ def _sync_settings(folder: Path, timeout_s: float = TIMEOUT_S) -> SyncSettings:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = make_tiny_hf(tmp_path_factory.mktemp("model"), "qwen3")
     logs = tmp_path_factory.mktemp("logs")
-    os.environ.setdefault(*NO_SPARE_WORKERS)
-    _start(num_cpus=NUM_ENGINES + TRAINER.world_size, object_store_memory=100 << 20)
+    start_ray(num_cpus=NUM_ENGINES + TRAINER.world_size, object_store_memory=100 << 20)
     try:
         policy = _policy(folder, logs)
         engines = RayEngines(

@@ -1,4 +1,7 @@
-"""A Ray of this machine, and an actor that answers, fails or dies on demand, for tests of what waits for actors."""
+"""A Ray of this machine, and an actor that answers, fails or dies on demand, for tests of what waits for actors.
+
+Workers import this file: what it imports, each of them does.
+"""
 
 import os
 import signal
@@ -9,17 +12,15 @@ from pathlib import Path
 import ray
 
 from clipo_megatron.cluster.actors import reports_failure
-from clipo_megatron.cluster.session import _start
+from clipo_megatron.cluster.ray_start import start_ray
 from clipo_megatron.cluster.worker_log import LoggedWorker
-from clipo_megatron.slurm.ray_node import NO_SPARE_WORKERS
 
 
 @contextmanager
 def local_ray():
     """Within the block this process drives a small Ray, whose workers can import the tests' support."""
     tests = Path(__file__).parents[1]
-    os.environ.setdefault(*NO_SPARE_WORKERS)
-    _start(
+    start_ray(
         num_cpus=4,
         object_store_memory=100 << 20,
         runtime_env={"env_vars": {"PYTHONPATH": f"{tests}:{tests.parent}"}},
