@@ -20,6 +20,7 @@ from clipo_megatron.cluster.engine_leftovers import claim
 from clipo_megatron.cluster.memory_use import MemoryUse, memory_use
 from clipo_megatron.cluster.worker_log import DUMP_SIGNAL, LoggedWorker, WorkerFailure
 from clipo_megatron.errors import EngineError
+from clipo_megatron.imports import large_imports
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport, WeightBucket
 
 if TYPE_CHECKING:
@@ -80,11 +81,12 @@ class PolicyActor(LoggedWorker):
     @reports_failure
     def start(self, host: str, port: int) -> None:
         """Join the process group and build the model."""
-        import torch
-        import torch.distributed as dist
-        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+        with large_imports():
+            import torch
+            import torch.distributed as dist
+            from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-        from clipo_megatron.policy.worker import PolicyWorker
+            from clipo_megatron.policy.worker import PolicyWorker
 
         settings, world_size = self._settings, self._settings.layout.world_size
         timeout = timedelta(seconds=self._timeout_s)

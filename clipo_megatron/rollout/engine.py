@@ -12,6 +12,7 @@ import numpy as np
 
 from clipo_megatron.data.tokenizer import load_tokenizer
 from clipo_megatron.errors import CheckError, EngineError
+from clipo_megatron.imports import large_imports
 from clipo_megatron.records import Finish, Prompt, Rollout, RolloutGroup, Routes, Sampling, VersionSpan, WeightBucket
 from clipo_megatron.rollout.environment import environment_problems
 from clipo_megatron.rollout.native_transfer import NativeTransfer
@@ -331,9 +332,10 @@ def _receiver(settings: EngineSettings) -> str:
 
 
 def _import_vllm(device: str) -> type[LLM]:
-    from vllm import LLM
-    from vllm.distributed import model_parallel_is_initialized
-    from vllm.platforms import current_platform
+    with large_imports():
+        from vllm import LLM
+        from vllm.distributed import model_parallel_is_initialized
+        from vllm.platforms import current_platform
 
     if model_parallel_is_initialized():
         raise EngineError("this process holds an engine already; close it first, or start the new one elsewhere")

@@ -53,7 +53,7 @@ def test_who_sleeps_is_told_with_the_call_and_who_is_stopped_as_such_and_only_th
     for name in ("policy_0", "engine_0"):
         assert str(tmp_path / f"{name}.log") in text
         assert "Current thread" in (tmp_path / f"{name}.log").read_text()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (_is_alive(pids["policy_0"]) or _is_alive(pids["policy_1"])) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert [_is_alive(pids[name]) for name in ("policy_0", "policy_1", "engine_0")] == [False, False, True]
@@ -73,15 +73,15 @@ def test_a_stopped_rank_ends_the_run_in_bounded_time_with_its_name_and_phase_and
     rank = int(re.search(r"rank 1 is process (\d+)", (run / "logs" / "policy_1.log").read_text())[1])
     os.kill(rank, signal.SIGSTOP)
     stopped = time.monotonic()
-    _, err = process.communicate(timeout=DEADLINE_S + 60)
-    assert time.monotonic() - stopped < DEADLINE_S + 30
+    _, err = process.communicate(timeout=DEADLINE_S + 180)
+    assert time.monotonic() - stopped < DEADLINE_S + 120
     assert process.returncode == 1
     assert re.search(rf"(score|train|sync begin|sync transfer): not done after {DEADLINE_S} s: .*policy_1", err), err
     assert "policy_1 is stopped" in err
     for name in ("policy_0", "engine_0"):
         assert str(run / "logs" / f"{name}.log") in err
         assert "most recent call first" in (run / "logs" / f"{name}.log").read_text()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (left := [pid for pid in family if _is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left

@@ -202,5 +202,5 @@ def test_a_dead_worker_ends_the_run_with_its_name_and_no_orphans_and_it_goes_on_
 
 
 def _assert_gone(family: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert [p.name() for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []

@@ -32,7 +32,7 @@ def uninterrupted(tmp_path_factory) -> dict[str, object]:
     return {}
 
 
-def _finish(lab, job: str, folder: Path, *, timeout_s: float = 400) -> None:
+def _finish(lab, job: str, folder: Path, *, timeout_s: float = 900) -> None:
     state = lab.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=timeout_s)["JobState"]
     assert state == "COMPLETED", told(job, folder)
 
@@ -42,7 +42,7 @@ def _go_on(lab, job: str, folder: Path, *, without: str = "") -> None:
     if without:  # SLURM itself waits for its answer for minutes, before it lets the job go
         _wait_for_text(folder / "attempt-0" / "phase", "requeue\n")
         lab.run("scontrol", "update", f"nodename={without}", "state=down", "reason=test")
-    found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=90)
+    found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=240)
     assert (found["JobState"], found["Restarts"]) == ("PENDING", "1"), told(job, folder)
     if without:  # what is left of the old steps would cancel the new ones, which have the same numbers
         lab.wait_until_idle("n1")
@@ -53,7 +53,7 @@ def _go_on(lab, job: str, folder: Path, *, without: str = "") -> None:
 
 def _wait_for_phase(run: Path, step: int, phase: str) -> None:
     """Until the run is at a phase of a step, or of a later one."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while True:
         words = (run / "phase").read_text().split() if (run / "phase").exists() else []
         if len(words) == 2 and int(words[0]) >= step and words[1] == phase:
@@ -63,7 +63,7 @@ def _wait_for_phase(run: Path, step: int, phase: str) -> None:
 
 
 def _wait_for_text(path: Path, text: str) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while not (path.exists() and path.read_text() == text):
         assert time.monotonic() < deadline, f"{path} never held {text!r}"
         time.sleep(0.05)
@@ -139,7 +139,7 @@ def test_usr1_before_the_driver_is_there_ends_the_attempt_and_a_job_that_may_not
     _wait_for_text(folder / "attempt-0" / "phase", "driver\n")
     lab.run("scancel", "--batch", "--signal=USR1", job)
     assert not (folder / "attempt-0" / "driver.pid").exists()
-    found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=90)
+    found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=240)
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), told(job, folder)
     why = lab.run(sys.executable, "-m", "clipo_megatron.cli", "why", str(folder), PYTHONPATH=str(ROOT)).splitlines()
     assert "asked to stop while the run started, and the job may not be put back" in why[1], why
@@ -151,7 +151,7 @@ def test_a_cancelled_job_stays_cancelled_though_its_run_saves_and_would_go_on(la
     job, folder = submit_run("cancelled", "run.steps=1000", *OF_ONE_RANK, options=options, CLIPO_DOCTOR="off")
     _wait_for_phase(tmp_path / "cancelled", 2, "generate")
     lab.run("scancel", job)
-    lab.wait(job, "CANCELLED", "COMPLETED", "FAILED", "PENDING", timeout_s=60)
+    lab.wait(job, "CANCELLED", "COMPLETED", "FAILED", "PENDING", timeout_s=240)
     lab.wait_until_idle("n1")  # all of it has ended, the batch script too
     found = lab.job(job)
     assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0"), told(job, folder)
@@ -163,9 +163,9 @@ def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_
     options = ("--nodes=1", "--time=1", "--signal=B:CONT@1")
     overrides = ("run.steps=1000", "checkpoint.every=1000", *OF_ONE_RANK)
     job, folder = submit_run("limit", *overrides, options=options, CLIPO_DOCTOR="off")
-    found = lab.wait(job, "PENDING", "TIMEOUT", "FAILED", "COMPLETED", timeout_s=30)
-    found = lab.wait(job, "RUNNING", timeout_s=30)
-    found = lab.wait(job, "PENDING", "TIMEOUT", "FAILED", "COMPLETED", timeout_s=150)
+    found = lab.wait(job, "PENDING", "TIMEOUT", "FAILED", "COMPLETED", timeout_s=120)
+    found = lab.wait(job, "RUNNING", timeout_s=120)
+    found = lab.wait(job, "PENDING", "TIMEOUT", "FAILED", "COMPLETED", timeout_s=240)
     assert found["JobState"] == "PENDING", told(job, folder)
     came_to_steps = (tmp_path / "limit" / "metrics.jsonl").exists()
     steps = [row["step"] for row in metrics(tmp_path / "limit")] if came_to_steps else []
@@ -178,9 +178,7 @@ def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_
     lab.run("scancel", job)
     lab.wait_until_idle("n1")
     assert steps == list(range(1, len(steps) + 1))
-    if (
-        not steps
-    ):  # SLURM's limits are whole minutes, and a slow machine takes one to start: the end came in time anyway
+    if not steps:  # limits are whole minutes, and a slow machine takes one to start: the end came in time anyway
         assert "time was too short for a checkpoint" in (folder / "attempt-0" / "driver.log").read_text()
     assert saved == ([f"step_{len(steps):08d}"] if steps else [])
 
@@ -279,7 +277,7 @@ def _engines(run: Path) -> list[tuple[str, str]]:
 
 
 def _wait_for_restarts(run: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(_engines(run)) < 2 + count:
         assert time.monotonic() < deadline, f"engine {count} was not started again: {_engines(run)}"
         time.sleep(0.1)

@@ -129,7 +129,7 @@ def test_a_rank_that_hangs_is_told_with_its_node(lab, submit_run, tmp_path):
         CLIPO_DOCTOR="off",
     )
     metrics, log = tmp_path / "hung" / "metrics.jsonl", tmp_path / "hung" / "logs" / "policy_1.log"
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while not (metrics.exists() and metrics.read_text()):
         assert time.monotonic() < deadline, told(job, folder)
         assert lab.job(job)["JobState"] in ("PENDING", "RUNNING"), told(job, folder)

@@ -15,6 +15,7 @@ PACKAGE = Path(clipo_megatron.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = (
     "errors",
+    "imports",
     "records",
     "recipe",
     "algorithms",
@@ -67,7 +68,7 @@ def forbidden_imports(source: str, module: str) -> list[str]:
                 problems.append(f"{module}:{line} imports {target}: {layer} knows {parts[1]} by its protocol only")
         if parts[0] in ONLY_IN and layer != ONLY_IN[parts[0]]:
             problems.append(f"{module}:{line} imports {target}: only {ONLY_IN[parts[0]]}/ may")
-        if parts[0] == "torch" and layer in ("errors", "records", "recipe"):
+        if parts[0] == "torch" and layer in ("errors", "imports", "records", "recipe"):
             problems.append(f"{module}:{line} imports {target}: {layer} must load without torch")
     return problems
 

@@ -205,9 +205,9 @@ def test_a_packing_too_tight_to_be_even_is_still_found():
 @pytest.mark.parametrize("case", [Case(dp=8), Case(dp=2, sequence_multiple=8, batch_multiple=1024, count_multiple=4)])
 def test_eight_thousand_sequences_are_planned_within_a_second(case):
     lengths = np.random.default_rng(1).integers(16, 4096, size=8192).tolist()
-    start = time.perf_counter()
+    start = time.process_time()
     case.plan(lengths, budget=8192)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 # --- refusals ---

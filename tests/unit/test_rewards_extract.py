@@ -67,10 +67,10 @@ def test_gold_is_the_last_box_of_a_solution_or_a_bare_answer(gold, answer):
 
 
 def test_a_megabyte_of_open_brackets_is_scanned_in_a_second():
-    started = time.perf_counter()
+    started = time.process_time()
     assert response_answer("\\boxed{" + "{[(" * 350_000) is None
     assert response_answer("\\boxed{" * 150_000) is None
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,9 @@ HONEST = [
 
 @pytest.mark.parametrize("answer", POISON, ids=lambda answer: answer[:24])
 def test_poison_is_undecided_without_being_parsed(answer):
-    started = time.perf_counter()
+    started = time.process_time()
     assert quick_verdict("\\sqrt{2}", answer, max_chars=2000) is Verdict.UNDECIDED
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 @pytest.mark.parametrize("answer", HONEST)
@@ -67,6 +67,6 @@ def test_poison_that_is_the_gold_answer_itself_is_correct(answer):
 )
 def test_time_to_look_at_an_answer_is_bounded(unit):
     answer = "5 " + unit * (2000 // len(unit) - 2) + "!"
-    started = time.perf_counter()
+    started = time.process_time()
     quick_verdict("12", answer, max_chars=2000)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5

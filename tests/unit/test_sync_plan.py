@@ -251,10 +251,10 @@ LARGE = {
 
 
 def test_large_models_are_planned_from_config_json_alone_in_seconds(tmp_path: Path) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for config, trainer, engines in LARGE.values():
         _large_plan(config, trainer, engines, tmp_path)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def _large_plan(
