@@ -37,6 +37,7 @@ _LEVELS = ("static", "node", "fabric", "model")
 _COLORS = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "red", Status.SKIP: "dim"}
 _WIDTH = 150
 _FAILED = 2
+_USUAL_GIB = 80.0
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -53,7 +54,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--log-folder", type=Path, action="append", default=[], metavar="DIR", help="must be writable here"
     )
-    parser.add_argument("--gpu-gib", type=float, default=80.0, metavar="N", help="memory of one GPU (default 80)")
+    parser.add_argument(
+        "--gpu-gib",
+        type=float,
+        metavar="N",
+        help="memory of one GPU (default: this host's at level node and model, else 80)",
+    )
     parser.add_argument("--skip", action="append", default=[], metavar="CHECK", help="record this check as skipped")
     parser.add_argument("--quiet", action="store_true", help="no table, only the lines of what failed")
     parser.set_defaults(run=run)
@@ -68,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     if args.compare is not None:
         return _compare(args)
     problems = (
-        [] if 0 < args.gpu_gib < math.inf else [f"--gpu-gib {args.gpu_gib}: must be > 0; give the GPU's memory in GiB"]
+        []
+        if args.gpu_gib is None or 0 < args.gpu_gib < math.inf
+        else [f"--gpu-gib {args.gpu_gib}: must be > 0; give the GPU's memory in GiB"]
     )
     if args.recipe is None:
         raise ConfigError([*problems, "RECIPE: missing; give a YAML file, or --compare DIR"])
@@ -87,15 +95,16 @@ def run(args: argparse.Namespace) -> int:
         findings=tuple(_skipped(finding, args.skip) for finding in findings),
         facts=facts,
     )
+    if not args.quiet and not _is_silent_rank(args.level):
+        _print_table({report.host: report.findings})
     for path in (args.json, args.report and args.report / f"doctor-{report.host}.json"):
         if path:
             write_report(report, path)
-    if not args.quiet and not _is_silent_rank(args.level):
-        _print_table({report.host: report.findings})
     return _verdict({report.host: report.findings})
 
 
 def _check(recipe: Recipe, args: argparse.Namespace, *, is_sound: bool) -> tuple[list[Finding], dict[str, str]]:
+    from clipo_megatron.doctor.devices import smallest_gib
     from clipo_megatron.doctor.static import StaticCase, run_static
 
     level, facts = args.level, {}
@@ -105,11 +114,15 @@ def _check(recipe: Recipe, args: argparse.Namespace, *, is_sound: bool) -> tuple
         from clipo_megatron.doctor.fabric_run import run_fabric
 
         return run_fabric(recipe, folder=args.report), facts
-    findings = run_static(StaticCase(recipe=recipe, gpu_gib=args.gpu_gib))
+    here = (
+        smallest_gib() if level != "static" and args.gpu_gib is None else None
+    )  # a login node's GPUs are not the job's
+    findings = run_static(StaticCase(recipe=recipe, gpu_gib=args.gpu_gib or here or _USUAL_GIB))
     if level == "node":
         from clipo_megatron.doctor.node import NodeCase, run_node
         from clipo_megatron.slurm.ports import free_ports
         from clipo_megatron.slurm.ray_node import INTERFACE_VARIABLE, own_address
+        from clipo_megatron.slurm.shares import ranks_per_node
 
         ports = None if args.ports is None else read_ports(args.ports)
         folders = list(dict.fromkeys(folder for folder in (*args.log_folder, args.report) if folder is not None))
@@ -120,6 +133,7 @@ def _check(recipe: Recipe, args: argparse.Namespace, *, is_sound: bool) -> tuple
             ports=ports,
             find_ports=free_ports,
             find_address=own_address if in_job else None,
+            ranks=ranks_per_node(recipe) if "SLURM_JOB_ID" in os.environ else None,
         )
         more, facts = run_node(case)
         findings += more

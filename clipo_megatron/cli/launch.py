@@ -20,6 +20,8 @@ from clipo_megatron.slurm.render import needs_of, render
 from clipo_megatron.slurm.site_file import HOME, HOME_VARIABLE
 
 _SBATCH_S = 60
+_OF_JOB = ("CLIPO_ATTEMPT", "CLIPO_END_TIME", "CLIPO_LOST_NODES", "CLIPO_NODES", "CLIPO_REQUEUE", "CLIPO_SPARE_NODES")
+_OF_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -76,6 +78,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _own_environment() -> dict[str, str]:
+    """The environment without what belongs to a job that this may be called from: its steps would take it for their own."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_JOB and (name in _OF_CLUSTER or not name.startswith("SLURM"))
+    }
+
+
 def _submit(script: str, options: Sequence[str]) -> str:
     """Number of the new job."""
     try:
@@ -84,7 +95,7 @@ def _submit(script: str, options: Sequence[str]) -> str:
             input=script,
             text=True,
             capture_output=True,
-            env={HOME_VARIABLE: str(HOME), **os.environ},
+            env={HOME_VARIABLE: str(HOME), **_own_environment()},
             timeout=_SBATCH_S,
             check=False,
         )

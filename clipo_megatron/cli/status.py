@@ -8,13 +8,15 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.slurm.job_folder import JOB_FILE, JOBS_VARIABLE, jobs_folder, read_job
-from clipo_megatron.slurm.progress import UNKNOWN_STATE, JobProgress, job_progress, slurm_progress
+from clipo_megatron.slurm.progress import UNKNOWN_STATE, JobProgress, Slurm, job_progress, slurm_progress
 
 _COLUMNS = ("job", "run", "state", "attempt", "phase", "step", "at", "s/step", "left", "checkpoint", "lost nodes")
+_WIDTH = 200
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -39,11 +41,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{folder.absolute()}: no job has a folder there; set {JOBS_VARIABLE} as the jobs had it, here or in slurm/site.env"
         )
-    table = Table(*_COLUMNS, box=None)
+    table = Table(*_COLUMNS, box=None, pad_edge=False)
     problems: list[str] = []
+    slurm = Slurm()
     for number in numbers:
         try:
-            run_folder, name, found = _look_at(folder / number)
+            run_folder, name, found = _look_at(folder / number, slurm)
         except ConfigError as error:
             problems += error.problems
             continue
@@ -53,20 +56,21 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"job": number, "run_folder": run_folder} | dataclasses.asdict(found)))
         else:
-            table.add_row(number, name, *_cells(found))
+            table.add_row(*map(escape, (number, name, *_cells(found))))
     if table.row_count:
-        Console().print(table)
+        # A narrow terminal, or a pipe, must not cut names.
+        Console(width=max(Console().width, _WIDTH)).print(table)
     if problems:
         raise ConfigError(problems)
     return 0
 
 
-def _look_at(folder: Path) -> tuple[str, str, JobProgress]:
+def _look_at(folder: Path, slurm: Slurm) -> tuple[str, str, JobProgress]:
     """(folder of its run, name, progress) of a job: out of its folder, or out of SLURM where it has none yet."""
     if (folder / JOB_FILE).exists():
         job = read_job(folder)
-        return job.run_folder, Path(job.run_folder).name, job_progress(folder, job)
-    name, found = slurm_progress(folder)
+        return job.run_folder, Path(job.run_folder).name, job_progress(folder, job, slurm)
+    name, found = slurm_progress(folder, slurm)
     if found.state == UNKNOWN_STATE:
         raise ConfigError(
             f"job {folder.name}: no {folder.absolute() / JOB_FILE}, and SLURM does not tell of the job: it has not begun, or its "

@@ -12,7 +12,7 @@ from clipo_megatron.errors import ConfigError
 from clipo_megatron.slurm.fatal_lines import FatalError
 from clipo_megatron.slurm.job_folder import JOBS_VARIABLE, attempts, jobs_folder, read_job
 from clipo_megatron.slurm.job_logs import choose_attempt
-from clipo_megatron.slurm.progress import UNKNOWN_STATE, job_state, job_words, slurm_progress
+from clipo_megatron.slurm.progress import UNKNOWN_STATE, Slurm, slurm_progress
 from clipo_megatron.slurm.why import Explanation, explain, explain_output
 
 _SHOWN = 10
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         return _print(explain(job, choose_attempt(job, args.attempt), output=output), job)
     if output is not None:
         return _print(explain_output(output), job)
-    state = slurm_progress(job)[1].state
+    state = slurm_progress(job, Slurm())[1].state
     if state == UNKNOWN_STATE:
         raise ConfigError(
             f"{job}: no folder of a job there, and SLURM does not tell of it: it has not begun, or its folder is elsewhere; "
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 def _output(job: Path) -> Path | None:
     """SLURM's own output file of a job: as SLURM tells while it remembers the job, else where it lies by default."""
     number, folders = job.name, [Path.cwd(), job.parent, job.parent.parent]
-    if (told := job_words(number).get("StdOut")) and Path(told).is_file():
+    if (told := Slurm().words(number).get("StdOut")) and Path(told).is_file():
         return Path(told)
     with contextlib.suppress(ConfigError):  # it may have failed before job.json was written
         folders.insert(0, Path(read_job(job).folder))
@@ -93,7 +93,7 @@ def _state(explanation: Explanation, job: Path) -> str:
     found = attempts(job)
     if explanation.attempt in found[:-1]:
         return f"{found[found.index(explanation.attempt) + 1].name} followed it"
-    state = job_state(job.name)
+    state = Slurm().state(job.name)
     if state == UNKNOWN_STATE:
         return "SLURM does not tell its state (any more): running, or killed from outside; look at `squeue` and `sacct`"
     return f"the job's state: {state}, as SLURM tells it"

@@ -19,6 +19,7 @@ import ray
 from clipo_megatron.cluster.engine_leftovers import claim
 from clipo_megatron.cluster.memory_use import MemoryUse, memory_use
 from clipo_megatron.cluster.worker_log import DUMP_SIGNAL, LoggedWorker, WorkerFailure
+from clipo_megatron.doctor.finding import host_name
 from clipo_megatron.errors import EngineError
 from clipo_megatron.imports import large_imports
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport, WeightBucket
@@ -67,7 +68,7 @@ class PolicyActor(LoggedWorker):
         self._settings = settings
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
-        logger.info("rank %d is process %d on %s", rank, os.getpid(), socket.gethostname())
+        logger.info("rank %d is process %d on %s", rank, os.getpid(), host_name())
         self._stream: Iterator[WeightBucket] | None = None
         self._meeting_point: tuple[str, TCPStore] | None = None
         self._meetings = 0
@@ -236,7 +237,7 @@ class EngineActor(LoggedWorker):
         self.open_log(f"{name}.restart{generation}" if generation else name, log_folder)
         self.worker_name = name
         claim(run, number, generation)
-        logger.info("engine %d is process %d on %s", number, os.getpid(), socket.gethostname())
+        logger.info("engine %d is process %d on %s", number, os.getpid(), host_name())
         self._number = number
         self._settings = settings
 

@@ -15,12 +15,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clipo_megatron.cluster.engines import RayEngines
-from clipo_megatron.cluster.placement import Node, Placement, place_colocated, place_workers, sync_placement
 from clipo_megatron.cluster.policy import RayPolicy
 from clipo_megatron.cluster.ray_start import start_ray
-from clipo_megatron.cluster.settings import Device, engine_settings, policy_settings, sync_settings
+from clipo_megatron.cluster.settings import Device, engine_settings, policy_settings, sync_placement, sync_settings
 from clipo_megatron.cluster.turns import DeviceTurns
 from clipo_megatron.errors import WorkerError
+from clipo_megatron.parallel.placement import Node, Placement, place_colocated, place_workers
 from clipo_megatron.recipe import Recipe
 from clipo_megatron.rollout.environment import engine_environment
 from clipo_megatron.slurm.job_folder import ATTEMPT_VARIABLE, NODES_VARIABLE

@@ -134,9 +134,10 @@ def gpu_findings(gpus: Sequence[Gpu] | str, environment: Mapping[str, str]) -> l
             return [skip(name, gpus)]
         return [fail(name, gpus, "drain the node and look at `dmesg` for Xid errors")]
     findings = []
-    if expected.isdigit() and len(gpus) != int(expected):
+    if expected.isdecimal() and len(gpus) < int(expected):
         cause = f"{len(gpus)} are seen, SLURM_GPUS_ON_NODE = {expected}"
         findings.append(fail(name, cause, "one has fallen off the bus, or gres.conf is wrong: drain the node"))
+    gpus = _given(gpus, expected, environment)
     for gpu in gpus:
         place = f"GPU {gpu.index} ({gpu.name})"
         if gpu.uncorrected.isdigit() and int(gpu.uncorrected):
@@ -152,6 +153,20 @@ def gpu_findings(gpus: Sequence[Gpu] | str, environment: Mapping[str, str]) -> l
             cause = f"{place}: persistence mode is off"
             findings.append(warn(name, cause, "nvidia-smi -pm 1: each start takes seconds longer without"))
     return findings or [ok(name, f"{len(gpus)} of driver {gpus[0].driver}" if gpus else "none")]
+
+
+def _given(gpus: Sequence[Gpu], expected: str, environment: Mapping[str, str]) -> Sequence[Gpu]:
+    """Of GPUs that SLURM does not keep from a job's eyes (no ConstrainDevices), those that it has given to the job."""
+    if not expected.isdecimal() or len(gpus) <= int(expected):
+        return gpus
+    given = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [gpu for gpu in gpus if gpu.index in given] or gpus
+
+
+def smallest_gib() -> float | None:
+    """Memory of this host's smallest GPU, in GiB; None where nvidia-smi tells of none."""
+    gpus = query_gpus()
+    return None if isinstance(gpus, str) or not gpus else min(gpu.total_mib for gpu in gpus) / 1024
 
 
 def _torch_findings(recipe: Recipe, *, gpus_there: str) -> list[Finding]:

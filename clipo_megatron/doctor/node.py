@@ -60,6 +60,8 @@ class NodeCase:
     """Gives so many free ports of this host, or raises OSError."""
     find_address: Callable[[], str] | None = None
     """In a job: the address at which this host's Ray will listen, or raises WorkerError."""
+    ranks: int | None = None
+    """Policy ranks that this host gets; None: all."""
     needs_torch: bool = True
     """Import torch and look at the devices by it."""
 
@@ -81,7 +83,9 @@ def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
         check_address(socket.gethostname()) if case.find_address is None else check_own_address(case.find_address),
         *check_ports(case.ports),
         check_free_ports(case.find_ports),
-        check_host_memory(recipe, available=allowed_bytes(), ranks=_ranks_here(recipe)),
+        check_host_memory(
+            recipe, available=allowed_bytes(), ranks=recipe.layout.world_size if case.ranks is None else case.ranks
+        ),
         check_time(os.environ, read_pace(folder / "metrics.jsonl")),
         *package_findings(recipe),
         *device_findings(recipe, needs_torch=case.needs_torch),
@@ -256,7 +260,7 @@ def check_ports(ports: Mapping[str, int] | None) -> list[Finding]:
 
 
 def check_free_ports(find: Callable[[int], Sequence[int]] | None) -> Finding:
-    """There are ports left to choose from for Ray, below those that the system gives to anyone.
+    """There are ports left to choose from for Ray.
 
     Args:
         find: gives so many free ports, or raises OSError.
@@ -267,9 +271,9 @@ def check_free_ports(find: Callable[[int], Sequence[int]] | None) -> Finding:
     try:
         find(_PORTS)
     except OSError as error:
-        remedy = "end what listens there (`ss -ltnp`), or let the site raise net.ipv4.ip_local_port_range's first port"
+        remedy = "end what listens there (`ss -ltnp`), or set CLIPO_PORTS=FIRST-LAST to others of this site"
         return fail(name, str(error), remedy)
-    return ok(name, f"{_PORTS} below the ephemeral range")
+    return ok(name, f"{_PORTS} for Ray")
 
 
 def check_host_memory(recipe: Recipe, *, available: int | None, ranks: int) -> Finding:
@@ -293,11 +297,6 @@ def check_host_memory(recipe: Recipe, *, available: int | None, ranks: int) -> F
 
 def _temporary_folders() -> list[str]:
     return list(dict.fromkeys([_SCRATCH, os.environ.get("TMPDIR") or _SCRATCH]))
-
-
-def _ranks_here(recipe: Recipe) -> int:
-    nodes = os.environ.get("SLURM_NNODES", os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    return -(-recipe.layout.world_size // max(1, int(nodes) if nodes.isdigit() else 1))
 
 
 def _shared_memory_needed(recipe: Recipe) -> int:

@@ -1,6 +1,7 @@
 """The folder of a SLURM job: what its parts leave there for each other and for people.
 
 JOBS/<job>/job.json            recipe, overrides, run folder, number of nodes
+           run_folder          the run folder's name alone, for the batch script
            attempt-<number>/   one for each time the run was started, by SLURM or on spare nodes
                batch.log phase nodes lost ports doctor-<host>.json ray-<host>.log driver.log
 """
@@ -19,7 +20,7 @@ from clipo_megatron.doctor.finding import host_name
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.slurm.site_file import site_value
 
-PORTS_FILE, PHASE_FILE, JOB_FILE, LOST_FILE = "ports", "phase", "job.json", "lost"
+PORTS_FILE, PHASE_FILE, JOB_FILE, RUN_FILE, LOST_FILE = "ports", "phase", "job.json", "run_folder", "lost"
 JOBS_VARIABLE = "CLIPO_JOBS_DIR"
 ATTEMPT_VARIABLE, NODES_VARIABLE = "CLIPO_ATTEMPT", "CLIPO_NODES"
 """Set by the batch script: the folder of the attempt at hand, and the number of nodes that it has."""
@@ -39,6 +40,8 @@ class Job:
     """In which the command was given; relative paths of the recipe start there."""
     policy_ranks: int = 1
     """Of the trainer."""
+    ranks_per_node: int = 1
+    """Policy ranks of the node that gets most."""
 
 
 def write_beside(path: Path, text: str) -> None:
@@ -79,7 +82,7 @@ def read_job(folder: Path) -> Job:
 
 def attempts(folder: Path) -> list[Path]:
     """Folders of a job's attempts, first to last."""
-    found = [path for path in folder.glob("attempt-*") if path.name.removeprefix("attempt-").isdigit()]
+    found = [path for path in folder.glob("attempt-*") if path.name.removeprefix("attempt-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("attempt-")))
 
 
@@ -87,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write job.json; 2 and all faults of the recipe where it has some."""
     # pydantic takes a third of a second, which the other parts of this module need not wait for.
     from clipo_megatron.recipe.load import read_recipe
+    from clipo_megatron.slurm.shares import ranks_per_node
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
@@ -95,8 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         recipe, problems = read_recipe(args.recipe, args.overrides)
+        per_node = 0 if recipe is None or problems else ranks_per_node(recipe)
     except ConfigError as error:
-        recipe, problems = None, list(error.problems)
+        recipe, per_node, problems = None, 0, list(error.problems)
     if problems or recipe is None:
         print("\n".join(f"clipo: error: {host_name()}: checks: {problem}" for problem in problems), file=sys.stderr)
         return 2
@@ -107,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nodes=int(os.environ.get("SLURM_JOB_NUM_NODES", "1")),
         folder=str(Path.cwd()),
         policy_ranks=recipe.layout.world_size,
+        ranks_per_node=per_node,
     )
+    write_beside(args.folder / RUN_FILE, job.run_folder + "\n")
     write_beside(args.folder / JOB_FILE, json.dumps(asdict(job), indent=1) + "\n")
     return 0
 

@@ -15,13 +15,15 @@ from clipo_megatron.slurm.log_times import is_dated, line_times
 
 LARGEST_BYTES = 32 << 20
 """Of a log: of a larger one its end is read."""
+_CHUNK_BYTES = 1 << 20
 UNKNOWN_HOST = "?"
 CHECKS = "checks"
 COMPARISON = "doctor-compare.log"
 """What the doctor says of all nodes together, told on the first one."""
 _HOST_OF_WORKER = re.compile(r"\bprocess \d+ on (?P<host>[\w.-]+)")
 _ATTEMPT_BEGINS = re.compile(r"\bchecks job \d+, attempt (?P<number>\d+), nodes (?P<nodes>\S+?),? ")
-_FIRST_OF_LIST = re.compile(r"^(?P<stem>[^\[,]+)(?:\[(?P<number>\d+))?")
+_FIRST_OF_LIST = re.compile(r"^(?:[^\[\],]|\[[^\]]*\])+")
+_NUMBERS = re.compile(r"\[(\d+)[^\]]*\]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,9 +141,9 @@ def choose_attempt(job: Path, number: int | None) -> Path:
 
 
 def first_host(nodes: str) -> str:
-    """The first of SLURM's list of nodes: "n[1-4,7]" or "n1,n2"."""
+    """The first of SLURM's list of nodes: "n[1-4,7]", "n1,n2" or "r[1-2]n[3-4]-ib"."""
     match = _FIRST_OF_LIST.match(nodes)
-    return f"{match['stem']}{match['number'] or ''}" if match else UNKNOWN_HOST
+    return _NUMBERS.sub(r"\1", match[0]) if match else UNKNOWN_HOST
 
 
 def _worker_logs(job: Path, attempt: Path) -> Iterator[Path]:
@@ -154,14 +156,16 @@ def _worker_logs(job: Path, attempt: Path) -> Iterator[Path]:
 
 
 def _log(path: Path, *, host: str, phase: str) -> Log:
-    try:
+    lines, written, passed_over = [], 0.0, 0
+    with contextlib.suppress(OSError), path.open("rb") as file:
         size, written = path.stat().st_size, path.stat().st_mtime
-        with path.open("rb") as file:
-            file.seek(max(0, size - LARGEST_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        lines, written = [], 0.0
-    return Log(path=path, host=host, phase=phase, lines=lines, times=line_times(lines, written=written))
+        while (left := size - LARGEST_BYTES - file.tell()) > 0:
+            passed_over += file.read(min(left, _CHUNK_BYTES)).count(b"\n")
+        # Of what a bar has written over itself on a line, its last state; and no other character ends a line, as for grep.
+        text = file.read().decode(errors="replace").removesuffix("\n")
+        lines = [line.removesuffix("\r").rpartition("\r")[2] for line in text.split("\n")] if text else []
+    times = line_times(lines, written=written)
+    return Log(path=path, host=host, phase=phase, lines=lines, times=times, first_line=passed_over + 1)
 
 
 def _beginning(batch: Path) -> tuple[float, str]:
@@ -185,7 +189,7 @@ def _of_attempt(log: Log, number: int) -> Log:
         phase=log.phase,
         lines=log.lines[start:stop],
         times=log.times[start:stop],
-        first_line=start + 1,
+        first_line=log.first_line + start,
     )
 
 
@@ -204,7 +208,7 @@ def _within(span: Span, log: Log) -> Log:
         stop = 0
     # The last lines have the time of a record that is the next attempt's.
     times = [min(moment, span.end) for moment in log.times[first:stop]]
-    return replace(log, lines=log.lines[first:stop], times=times, first_line=first + 1)
+    return replace(log, lines=log.lines[first:stop], times=times, first_line=log.first_line + first)
 
 
 def _host_and_phase(path: Path, first: str) -> tuple[str, str]:

@@ -20,6 +20,8 @@ class KnownError:
     """SLURM's word of the end of the job: nothing went on after it."""
     in_any_line: bool = True
     """False: only as the last line of a traceback, for elsewhere it is talk."""
+    words: tuple[str, ...] = ("",)
+    """Every line of the kind has one of them: a look for words is many times faster than one for a pattern that begins anyhow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +48,9 @@ def find_known(line: str, *, is_exception: bool = False) -> Meaning | None:
         is_exception: it is the last line of a Python traceback.
     """
     for known in KNOWN_ERRORS:
-        if (is_exception or known.in_any_line) and (match := known.pattern.search(line)):
+        if not (is_exception or known.in_any_line) or not any(word in line for word in known.words):
+            continue
+        if match := known.pattern.search(line):
             groups = {name: value or "" for name, value in match.groupdict().items()}
             return Meaning(
                 cause=known.cause.format(line=_short(line), **groups),
@@ -70,6 +74,7 @@ def _known(
     is_follower: bool = False,
     is_end: bool = False,
     in_any_line: bool = True,
+    words: tuple[str, ...] = ("",),
 ) -> KnownError:
     return KnownError(
         pattern=re.compile(pattern),
@@ -78,6 +83,7 @@ def _known(
         is_follower=is_follower,
         is_end=is_end,
         in_any_line=in_any_line,
+        words=words,
     )
 
 
@@ -133,6 +139,7 @@ KNOWN_ERRORS = (
         r"[Dd]etected \d+ oom[-_]kill event|Out Of Memory|oom-kill|OOM Killed|[Oo]ut of memory: Killed process",
         "the kernel killed a process for lack of host memory ({line})",
         "ask for more memory (--mem=0); fewer rewards.workers, no optimizer.cpu_offload, or more nodes",
+        words=("oom", "emory", "OOM"),
     ),
     _known(
         r"Workers? .*killed due to memory pressure|killed due to the node running low on memory|OutOfMemoryError: Task was|address the out of memory issue",
@@ -205,16 +212,19 @@ KNOWN_ERRORS = (
         rf"Bus error|{_by_signal(7, 'SIGBUS')}|exit code 135\b",
         "a process ended by a bus error: /dev/shm of that node is full or too small",
         "remove leftovers from /dev/shm there, or enlarge it; in a container give it the host's",
+        words=("Bus error", "ignal", "SIGBUS", "exit"),
     ),
     _known(
         r"(?P<what>\S+): command not found|execve\(\): (?P<program>[^:]+): No such file or directory",
         "a program is not to be found: {what}{program}",
         "correct the environment (PATH, module, virtual environment) in the site's env file, on every node",
+        words=("command not found", "execve"),
     ),
     _known(
         r"(bash|sbatch|slurm_script|\.sh|srun).*: Permission denied|execve\(\): .*: Permission denied",
         "permission denied ({line})",
         "make the file executable, or the folder readable, for your user on that node",
+        words=("Permission denied",),
     ),
     _known(
         r"PermissionError: \[Errno 13\] .*",
@@ -248,6 +258,7 @@ KNOWN_ERRORS = (
         r"(Engine core initialization failed|Failed to load model|not supported.*vLLM|Model architectures? \[.*\] are not supported)",
         "a vLLM engine did not start ({line})",
         "read the lines above it in that log; `clipo doctor --level model` starts an engine alone",
+        words=("Engine core", "Failed to load", "not supported"),
     ),
     # What follows from another's failure.
     _known(
@@ -273,6 +284,7 @@ KNOWN_ERRORS = (
         "a process was killed ({line})",
         "host memory (dmesg, --mem=0), the end of the job, or someone's hand",
         is_follower=True,
+        words=("srun: error", "ignal", "SIGKILL", "exit"),
     ),
     _known(
         r"srun: error: \S+: tasks? [\d,-]+: (?P<how>Exited with exit code (?!85\b)\d+|Segmentation fault.*|Aborted.*)",

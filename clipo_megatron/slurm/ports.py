@@ -1,15 +1,21 @@
-"""Free ports of this host below those that the system gives out: `python -m clipo_megatron.slurm.ports COUNT`."""
+"""Free ports of this host: `python -m clipo_megatron.slurm.ports COUNT`.
+
+Of those that `CLIPO_PORTS` names (FIRST-LAST), else of those below what the system gives out.
+"""
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import socket
 import sys
 from pathlib import Path
 
+PORTS_VARIABLE = "CLIPO_PORTS"
 _LOWEST = 20000
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_DEFAULT_FIRST = 32768
+_DEFAULT_FIRST, _HIGHEST = 32768, 65535
 
 
 def first_ephemeral_port() -> int:
@@ -17,17 +23,22 @@ def first_ephemeral_port() -> int:
     return int(_RANGE.read_text().split()[0]) if _RANGE.exists() else _DEFAULT_FIRST
 
 
-def free_ports(count: int, *, lowest: int = _LOWEST) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports of this host that nobody listens on, no two alike, in random order so that jobs which share a host differ.
 
     Args:
         count: of ports.
-        lowest: port to take.
 
     Raises:
-        OSError: fewer are free.
+        OSError: fewer are free, or `CLIPO_PORTS` is no range of ports.
     """
-    candidates = list(range(lowest, first_ephemeral_port()))
+    first, last = _LOWEST, first_ephemeral_port() - 1
+    if told := os.environ.get(PORTS_VARIABLE, ""):
+        match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", told)
+        if match is None or not 0 < int(match[1]) <= int(match[2]) <= _HIGHEST:
+            raise OSError(f"{PORTS_VARIABLE} = {told}: must be FIRST-LAST, two ports of 1 to {_HIGHEST}")
+        first, last = int(match[1]), int(match[2])
+    candidates = list(range(first, last + 1))
     random.SystemRandom().shuffle(candidates)
     found: list[int] = []
     for port in candidates:
@@ -36,7 +47,7 @@ def free_ports(count: int, *, lowest: int = _LOWEST) -> list[int]:
         if _is_free(port):
             found.append(port)
     if len(found) < count:
-        raise OSError(f"{count} ports are needed, {len(found)} of {lowest} to {first_ephemeral_port() - 1} are free")
+        raise OSError(f"{count} ports are needed, {len(found)} of {first} to {last} are free")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 from dataclasses import dataclass
@@ -47,21 +48,52 @@ class JobProgress:
         return None if self.step_s is None else self.step_s * max(0, self.steps - self.step)
 
 
-def job_progress(folder: Path, job: Job) -> JobProgress:
+class Slurm:
+    """What SLURM tells of jobs. One that has not answered in time is not asked again: there may be many jobs."""
+
+    def __init__(self) -> None:
+        self._is_silent = False
+
+    def words(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` tells of a job: JobState, Reason, StdOut ...; empty where SLURM does not know it."""
+        shown = "" if self._is_silent else self._ask(number)
+        words: dict[str, str] = {}
+        for name, equals, value in (word.partition("=") for word in shown.splitlines()[0].split()) if shown else ():
+            if equals:
+                words.setdefault(name, value)
+        return words
+
+    def state(self, number: str) -> str:
+        """State of a job, as RUNNING, or `UNKNOWN_STATE`."""
+        return self.words(number).get("JobState", UNKNOWN_STATE)
+
+    def _ask(self, number: str) -> str:
+        command = ["scontrol", "--oneliner", "show", "job", number]
+        try:
+            return subprocess.run(command, text=True, capture_output=True, timeout=_SCONTROL_S, check=False).stdout
+        except subprocess.TimeoutExpired:
+            self._is_silent = True
+        except OSError:  # no SLURM here
+            pass
+        return ""
+
+
+def job_progress(folder: Path, job: Job, slurm: Slurm) -> JobProgress:
     """Read a job's folder and the folder of its run.
 
     Args:
         folder: of the job.
         job: of its job.json.
+        slurm: to ask.
     """
     run = Path(job.run_folder)
     found = attempts(folder)
     rows = _rows(run / "metrics.jsonl")
-    seconds = [float(row["seconds/step"]) for row in rows[-_RECENT:] if "seconds/step" in row]
+    seconds = [row["seconds/step"] for row in rows[-_RECENT:] if _is_positive(row.get("seconds/step"))]
     at = _text(run / PHASE_FILE).split()
     checkpoints = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
     return JobProgress(
-        state=job_state(folder.name),
+        state=slurm.state(folder.name),
         attempt=len(found) - 1,
         phase=_text(found[-1] / PHASE_FILE).strip() if found else "",
         step=int(rows[-1]["step"]) if rows else 0,
@@ -73,16 +105,17 @@ def job_progress(folder: Path, job: Job) -> JobProgress:
     )
 
 
-def slurm_progress(folder: Path) -> tuple[str, JobProgress]:
+def slurm_progress(folder: Path, slurm: Slurm) -> tuple[str, JobProgress]:
     """(name, progress) of a job that has no job.json yet, as far as SLURM and what its folder has tell.
 
     Args:
         folder: of the job, whether it is there or not.
+        slurm: to ask.
     """
-    words, found = job_words(folder.name), attempts(folder)
+    words, found = slurm.words(folder.name), attempts(folder)
     reason = words.get("Reason", "None")
     return words.get("JobName", ""), JobProgress(
-        state=_state(words) + (f" ({reason})" if reason != "None" else ""),
+        state=words.get("JobState", UNKNOWN_STATE) + (f" ({reason})" if reason != "None" else ""),
         attempt=len(found) - 1,
         phase=_text(found[-1] / PHASE_FILE).strip() if found else "",
         step=0,
@@ -94,34 +127,6 @@ def slurm_progress(folder: Path) -> tuple[str, JobProgress]:
     )
 
 
-def job_state(number: str) -> str:
-    """SLURM's state of a job, as RUNNING, or `UNKNOWN_STATE`."""
-    return _state(job_words(number))
-
-
-def job_words(number: str) -> dict[str, str]:
-    """What `scontrol show job` tells of a job: JobState, Reason, StdOut ...; empty where SLURM does not know it."""
-    try:
-        shown = subprocess.run(
-            ["scontrol", "--oneliner", "show", "job", number],
-            text=True,
-            capture_output=True,
-            timeout=_SCONTROL_S,
-            check=False,
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    words: dict[str, str] = {}
-    for name, equals, value in (word.partition("=") for word in shown.splitlines()[0].split()) if shown else ():
-        if equals:
-            words.setdefault(name, value)
-    return words
-
-
-def _state(words: dict[str, str]) -> str:
-    return words.get("JobState", UNKNOWN_STATE)
-
-
 def _rows(path: Path) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     for line in _text(path).splitlines():
@@ -129,8 +134,13 @@ def _rows(path: Path) -> list[dict[str, float]]:
             row = json.loads(line)
         except ValueError:
             break  # being written
-        rows += [row] if isinstance(row, dict) and row.get("step") else []
+        rows += [row] if isinstance(row, dict) and _is_positive(row.get("step")) else []
     return rows
+
+
+def _is_positive(value: object) -> bool:
+    """A number that can be a step, or the seconds of one; a damaged file may have anything."""
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def _steps(path: Path) -> int:

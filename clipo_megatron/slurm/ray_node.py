@@ -23,6 +23,7 @@ from clipo_megatron.slurm.job_folder import PORTS_FILE, write_beside
 from clipo_megatron.slurm.ports import free_ports
 
 CPUS_VARIABLE, INTERFACE_VARIABLE, TIMEOUT_VARIABLE = "CLIPO_RAY_CPUS", "CLIPO_INTERFACE", "CLIPO_RAY_TIMEOUT"
+GPUS_VARIABLE = "SLURM_GPUS_ON_NODE"
 _DEFAULT_CPUS, _DEFAULT_TIMEOUT_S = "32", "300"
 _NAMED_PORTS = (
     "node-manager-port",
@@ -61,9 +62,14 @@ def own_address() -> str:
         WorkerError: the interface has none, or the name leads nowhere but to this host itself.
     """
     if interface := os.environ.get(INTERFACE_VARIABLE):
-        shown = subprocess.run(
-            ["ip", "-4", "-o", "addr", "show", "dev", interface], text=True, capture_output=True, check=False
-        ).stdout.split()
+        command = ["ip", "-4", "-o", "addr", "show", "dev", interface]
+        try:
+            shown = subprocess.run(command, text=True, capture_output=True, check=False).stdout.split()
+        except OSError as error:
+            raise WorkerError(
+                f"{INTERFACE_VARIABLE} = {interface}: its address can't be looked up ({error}); install iproute2 on this node or in "
+                "the image, or leave the variable out"
+            ) from error
         if "inet" not in shown:
             raise WorkerError(
                 f"{INTERFACE_VARIABLE} = {interface}: no such interface with an IPv4 address; see `ip addr`"
@@ -83,6 +89,11 @@ def own_address() -> str:
     return outward[0]
 
 
+def cpu_slots(environment: Mapping[str, str]) -> int:
+    """Workers of a CPU run that fit on a node."""
+    return int(environment.get(CPUS_VARIABLE, _DEFAULT_CPUS))
+
+
 def start_timeout_s() -> float:
     """Seconds that a cluster has for its start."""
     return float(os.environ.get(TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_S))
@@ -99,7 +110,7 @@ def read_ports(folder: Path) -> dict[str, str]:
 def _run(folder: Path, *, is_head: bool) -> int:
     timeout_s = start_timeout_s()
     os.environ.setdefault(*NO_SPARE_WORKERS)
-    cpus = int(os.environ.get(CPUS_VARIABLE, _DEFAULT_CPUS))
+    cpus = cpu_slots(os.environ)
     scratch = Path("/tmp") / f"clipo-ray-{os.environ.get('SLURM_JOB_ID', os.getpid())}"
     shutil.rmtree(scratch, ignore_errors=True)  # of an earlier attempt on this node
     try:
@@ -118,7 +129,7 @@ def _command(folder: Path, scratch: Path, *, is_head: bool, cpus: int, timeout_s
     address = own_address()
     own = free_ports(2 + len(_NAMED_PORTS) + 2 * cpus + _SPARE_WORKER_PORTS)
     ports = dict(zip(_NAMED_PORTS, own[1:], strict=False))
-    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    gpus = os.environ.get(GPUS_VARIABLE, "0")
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
     command += ["--node-ip-address", address, "--num-cpus", str(cpus), "--num-gpus", gpus]
     command += ["--worker-port-list", ",".join(map(str, own[1 + len(_NAMED_PORTS) : -1]))]

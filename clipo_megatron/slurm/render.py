@@ -12,7 +12,7 @@ from clipo_megatron.recipe import Recipe
 from clipo_megatron.slurm.site_file import HOME
 
 SCRIPT = HOME / "slurm" / "train.sbatch"
-_TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
+_TIME = re.compile(r"(?:[0-9]+-)?[0-9]+(?::[0-5][0-9]){0,2}")
 _NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -81,6 +81,9 @@ def render(recipe_path: str, overrides: Sequence[str], *, name: str, needs: Need
         overrides: key=value, after the recipe.
         name: of the run.
         needs: of the recipe.
+
+    Raises:
+        ConfigError: the project is installed without it.
     """
     options = {
         "job-name": "clipo-" + _NAME.sub("-", name),
@@ -88,7 +91,13 @@ def render(recipe_path: str, overrides: Sequence[str], *, name: str, needs: Need
         "gpus-per-node": str(needs.gpus_per_node),
         "time": needs.time,
     }
-    lines = SCRIPT.read_text().splitlines()
+    try:
+        lines = SCRIPT.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(
+            f"{SCRIPT}: can't be read ({error.strerror}); clipo launch needs the project's folder: install it with pip install "
+            "--editable, or set PYTHONPATH to it"
+        ) from error
     for number, line in enumerate(lines):
         if found := re.fullmatch(r"#SBATCH --([a-z-]+)=.*", line):
             lines[number] = f"#SBATCH --{found[1]}={options.get(found[1], line.split('=', 1)[1])}"

@@ -66,6 +66,8 @@ def explain(job: Path, attempt: Path, *, output: Path | None = None) -> Explanat
     errors = sorted((error for error in found if error.moment <= stopped), key=_order)
     is_well = phase == "done" or bool(_SAVED.match(last_words))
     ended = [] if is_well else _that_ended_it(errors, logs, progress=_last_step(job, span, logs))
+    if phase == "failed":  # by the clocks of several machines, all may look as if the run had gone on after it
+        ended = ended or errors
     outlived = _once(error for error in errors if error not in ended)
     ended = _once([error for error in ended if not _NEWS.search(error.cause)] or ended)
     causes = [error for error in ended if error.cause.startswith(LOST)] or [e for e in ended if not e.is_follower]
@@ -101,12 +103,10 @@ def _that_ended_it(errors: Sequence[FatalError], logs: Sequence[Log], *, progres
 
 
 def _last_step(job: Path, span: Span, logs: Sequence[Log]) -> float:
-    """When the attempt last told of a step: in a line with a time, in the last line of a file, or by a row of its metrics."""
+    """When the attempt last told of a step: in a line with a time, or in the last line of a file."""
     logs, moments = list(logs), []
-    with contextlib.suppress(ConfigError, OSError):  # no step was ever done
-        run = Path(read_job(job).run_folder)
-        logs.append(read_run_log(run, span))
-        moments.append((run / "metrics.jsonl").stat().st_mtime)  # of the newest attempt of all
+    with contextlib.suppress(ConfigError):  # the recipe was refused
+        logs.append(read_run_log(Path(read_job(job).run_folder), span))
     for log in logs:
         last = len(log.lines) - 1
         moments += [

@@ -63,8 +63,9 @@ def _wait_for_phase(run: Path, step: int, phase: str) -> None:
 
 
 def _wait_for_text(path: Path, text: str) -> None:
+    """Until a file ends with a text."""
     deadline = time.monotonic() + 300
-    while not (path.exists() and path.read_text() == text):
+    while not (path.exists() and path.read_text().endswith(text)):
         assert time.monotonic() < deadline, f"{path} never held {text!r}"
         time.sleep(0.05)
 
@@ -132,13 +133,17 @@ def test_usr1_before_the_driver_is_there_ends_the_attempt_and_a_job_that_may_not
 ):
     slow = tmp_path / "bin" / "srun"  # the driver's step takes its time, as in a container
     slow.parent.mkdir()
-    slow.write_text(f'#!/bin/bash\n[[ "$*" != *driver.log* ]] || sleep 5\nexec {shutil.which("srun")} "$@"\n')
+    there, begins = tmp_path / "there", tmp_path / "begins"
+    wait = f"echo driver >{there}; until [[ -e {begins} ]]; do sleep 0.2; done"
+    slow.write_text(f'#!/bin/bash\nif [[ "$*" == *driver.log* ]]; then {wait}; fi\nexec {shutil.which("srun")} "$@"\n')
     slow.chmod(0o755)
     path = f"{slow.parent}:{os.environ['PATH']}"
     job, folder = submit_run("early", STEPS, options=("--no-requeue",), CLIPO_DOCTOR="off", PATH=path)
-    _wait_for_text(folder / "attempt-0" / "phase", "driver\n")
+    _wait_for_text(there, "driver\n")
     lab.run("scancel", "--batch", "--signal=USR1", job)
+    _wait_for_text(folder / "attempt-0" / "batch.log", "asking the driver to save and stop\n")
     assert not (folder / "attempt-0" / "driver.pid").exists()
+    begins.touch()
     found = lab.wait(job, "PENDING", "COMPLETED", "FAILED", timeout_s=240)
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), told(job, folder)
     why = lab.run(sys.executable, "-m", "clipo_megatron.cli", "why", str(folder), PYTHONPATH=str(ROOT)).splitlines()

@@ -9,9 +9,12 @@ import pytest
 import torch
 import yaml
 
+from clipo_megatron.cli.main import main
+from clipo_megatron.doctor import node, static
 from clipo_megatron.doctor.devices import device_findings, gpu_findings, parse_gpus, query_gpus
 from clipo_megatron.doctor.finding import Finding, Status
 from clipo_megatron.recipe import load_recipe
+from clipo_megatron.slurm.render import HOME
 
 GOOD = "0, NVIDIA H100 80GB HBM3, 550.54, 81559, 4, 0, Enabled, Not Active"
 GPUS = {
@@ -31,6 +34,31 @@ def test_faults_of_gpus_are_found_in_what_nvidia_smi_tells(what):
     lines, status = GPUS[what]
     findings = gpu_findings(parse_gpus("\n".join(lines)), {"SLURM_GPUS_ON_NODE": "1"})
     assert [finding.status for finding in findings] == [status]
+
+
+def test_gpus_that_slurm_did_not_give_to_the_job_are_no_concern_of_it():
+    """Where devices are not confined a job sees all of a node."""
+    lines = [GOOD.replace("0, NVIDIA", f"{index}, NVIDIA") for index in range(8)]
+    lines[5] = lines[5].replace("81559, 4,", "81559, 30000,")
+    gpus = parse_gpus("\n".join(lines))
+    mine = {"SLURM_GPUS_ON_NODE": "3", "CUDA_VISIBLE_DEVICES": "0,1,2"}
+    assert [found.status for found in gpu_findings(gpus, mine)] == [Status.OK]
+    others = {"SLURM_GPUS_ON_NODE": "3", "CUDA_VISIBLE_DEVICES": "4,5,6"}
+    assert "GPU 5 (NVIDIA H100 80GB HBM3): 30000 MiB in use" in gpu_findings(gpus, others)[0].cause
+
+
+def test_a_jobs_gpus_are_as_large_as_its_node_says_and_a_login_nodes_do_not_count(tmp_path, monkeypatch, capsys):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\necho "{GOOD.replace("81559", "143771")}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    seen = []
+    monkeypatch.setattr(static, "run_static", lambda case: seen.append(case.gpu_gib) or [])
+    monkeypatch.setattr(node, "run_node", lambda case: ([], {}))
+    recipe = str(HOME / "examples" / "quickstart" / "recipe.yaml")
+    for options in (["--level", "node"], ["--level", "static"], ["--level", "node", "--gpu-gib", "64"]):
+        main(["doctor", recipe, *options, "--quiet"])
+    assert seen == [143771 / 1024, 80.0, 64.0]
 
 
 def test_a_gpu_is_asked_for_by_the_fields_that_are_read(tmp_path, monkeypatch):

@@ -192,6 +192,15 @@ def test_an_interface_that_a_host_lacks_is_found(recipe, monkeypatch):
     assert failed(NodeCase(recipe=recipe, find_address=own_address)) == {"address"}
 
 
+def test_an_interface_that_can_not_be_looked_up_is_told(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("CLIPO_INTERFACE", "eth0")
+    monkeypatch.setenv("PATH", str(tmp_path))  # an image without iproute2
+    finding = node.check_own_address(own_address)
+    assert finding.status is Status.FAIL
+    assert "CLIPO_INTERFACE = eth0: its address can't be looked up" in finding.cause
+    assert "iproute2" in finding.remedy
+
+
 def test_a_taken_port_is_found_with_its_service(recipe, tmp_path):
     with socket.socket() as server, socket.socket() as probe:
         server.bind(("", 0))

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clipo_megatron.cluster.placement import Node, Placement, place_colocated, place_workers, sync_placement
+from clipo_megatron.cluster.settings import sync_placement
 from clipo_megatron.errors import ConfigError
+from clipo_megatron.parallel.placement import Node, Placement, place_colocated, place_workers
 from clipo_megatron.sync.placement import Link
 
 

@@ -114,8 +114,19 @@ def test_ports_are_free_distinct_and_below_those_that_the_system_gives_out():
     ports = free_ports(50)
     assert len(set(ports)) == 50
     assert max(ports) < first_ephemeral_port()
+
+
+def test_ports_are_those_of_the_site_where_it_names_some(monkeypatch):
     lowest = first_ephemeral_port() - 3
+    monkeypatch.setenv("CLIPO_PORTS", f"{lowest}-{lowest + 2}")
     with socket.create_server(("", lowest + 1)):
-        assert set(free_ports(2, lowest=lowest)) == {lowest, lowest + 2}
+        assert set(free_ports(2)) == {lowest, lowest + 2}
         with pytest.raises(OSError, match="3 ports are needed, 2 of"):
-            free_ports(3, lowest=lowest)
+            free_ports(3)
+
+
+@pytest.mark.parametrize("told", ["20000", "20000-", "0-9", "9-8", "1-65536", "a-b", "\u0663-9"])
+def test_what_is_no_range_of_ports_is_refused(monkeypatch, told):
+    monkeypatch.setenv("CLIPO_PORTS", told)
+    with pytest.raises(OSError, match=f"CLIPO_PORTS = {told}: must be FIRST-LAST"):
+        free_ports(1)

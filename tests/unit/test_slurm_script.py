@@ -22,13 +22,16 @@ _SRUN = """\
 printf '%s\\n' "$*" >>"$CALLS/srun"
 case "$*" in
   --help) echo "--container-image=PATH" ;;
-  *job_folder*) cp "$CALLS/job.json" "$CALLS/slurm-jobs/7/job.json" ;;
+  *job_folder*)
+    [[ -z $TOLD_EARLY ]] || kill -USR1 "$(ps -o ppid= "$PPID")" # above timeout
+    cp "$CALLS/job.json" "$CALLS/run_folder" "$CALLS/slurm-jobs/7/" ;;
   *ray_node*)
     [[ $RAY_STAYS ]] || exit 0
     trap 'echo told >>"$CALLS/told"; exit' TERM
     echo started >>"$CALLS/started"
     for ((i = 0; i < 200; i++)); do /bin/sleep 0.1; done ;;
   *driver.log*)
+    [[ -z $TOLD ]] || { trap "" USR1 && echo $$ >"$CLIPO_ATTEMPT/driver.pid" && kill -USR1 "$PPID" && /bin/sleep 0.5; }
     until [[ -z $RAY_STAYS || $(wc -l <"$CALLS/started") == 2 ]]; do /bin/sleep 0.1; done
     exit "$DRIVER_CODE" ;;
   *--immediate=30*) [[ -z $DEAD_NODE || "$*" != *"$DEAD_NODE"* && "$*" != *--ntasks=2* ]] ;;
@@ -53,7 +56,7 @@ class Job:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.run = folder / "run"
+        self.run = folder / 'läufe "a\\b"' / "run"
         (folder / "bin").mkdir()
         for name, text in {
             "srun": _SRUN,
@@ -66,9 +69,10 @@ class Job:
             (folder / "bin" / name).chmod(0o755)
         job = {"recipe": "r.yaml", "overrides": [], "run_folder": str(self.run), "nodes": 2, "folder": str(folder)}
         (folder / "job.json").write_text(json.dumps(job, indent=1) + "\n")
+        (folder / "run_folder").write_text(f"{self.run}\n")
 
     def attempt(self, driver_code: int, *, left_s: float = 60, **environment: str) -> int:
-        return subprocess.run(
+        done = subprocess.run(
             ["bash", str(SCRIPT), "r.yaml"],
             capture_output=True,
             text=True,
@@ -84,6 +88,8 @@ class Job:
                 "RAY_STAYS": "",
                 "DEAD_AT_START": "",
                 "REFUSALS": "0",
+                "TOLD": "",
+                "TOLD_EARLY": "",
                 "SLURM_JOB_ID": "7",
                 "SLURM_JOB_NODELIST": "n[1-2]",
                 "SLURM_JOB_NUM_NODES": "2",
@@ -92,7 +98,9 @@ class Job:
                 "SLURMD_NODENAME": "n1",
                 **environment,
             },
-        ).returncode
+        )
+        self.told = done.stderr
+        return done.returncode
 
     def phases(self) -> list[str]:
         return [(attempt / "phase").read_text().strip() for attempt in attempts(self.folder / "slurm-jobs" / "7")]
@@ -128,7 +136,7 @@ def test_a_job_that_saves_in_every_attempt_or_is_told_to_stop_early_goes_on(job)
         (job.run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
         assert job.attempt(85) == 0
     for code in (85, 138, 85):  # an hour is left: not its time is too short
-        assert job.attempt(code, left_s=3600) == 0
+        assert job.attempt(code, left_s=3600, TOLD="1") == 0
     assert job.requeues() == 6
 
 
@@ -139,9 +147,9 @@ def test_ray_s_steps_hear_of_the_end_before_the_job_is_put_back(job):
 
 
 def test_a_requeue_that_is_refused_is_asked_for_again_and_told_when_it_stays_so(job):
-    assert job.attempt(85, left_s=3600, REFUSALS="3") == 0
+    assert job.attempt(85, left_s=3600, TOLD="1", REFUSALS="3") == 0
     assert (job.phases(), job.requeues()) == (["requeue"], 4)
-    assert job.attempt(85, left_s=3600, REFUSALS="1000") == 1
+    assert job.attempt(85, left_s=3600, TOLD="1", REFUSALS="1000") == 1
     assert job.phases() == ["requeue", "failed"]
     assert "scontrol requeue is refused for four minutes" in job.cause(1)[1]
     assert "submit the job again" in job.cause(1)[2]
@@ -181,4 +189,63 @@ def test_with_a_container_every_step_of_the_run_has_its_image_and_mounts(job):
     calls = (job.folder / "srun").read_text().splitlines()
     steps = [call for call in calls if "clipo_megatron" in call]
     assert len(steps) == 4  # job's folder, Ray's head and worker, driver
-    assert all("--overlap --container-image=/images/a b.sqsh --container-mounts=/data:/data" in call for call in steps)
+    jobs = job.folder / "slurm-jobs"
+    mounts = f"--container-mounts=/data:/data,{jobs}:{jobs},/tmp:/tmp"
+    assert all(f"--overlap --container-image=/images/a b.sqsh {mounts} " in call for call in steps)
+
+
+def test_a_job_whose_signal_comes_before_its_run_can_begin_is_not_put_back_for_ever(job):
+    assert (job.attempt(0, TOLD_EARLY="1"), job.attempt(0, TOLD_EARLY="1")) == (
+        0,
+        0,
+    )  # its folder is there the second time
+    assert job.phases() == ["requeue", "done"]
+    (job.folder / "slurm-jobs" / "7" / "job.json").unlink()
+    assert job.attempt(0, TOLD_EARLY="1") == 0
+    (job.folder / "slurm-jobs" / "7" / "job.json").unlink()
+    assert job.attempt(0, TOLD_EARLY="1") == 1
+    assert "two attempts in a row used up their time" in job.cause(3)[1]
+
+
+def test_a_run_that_ends_itself_again_and_again_without_saving_ends_the_job_whatever_time_is_left(job):
+    """Its step or its save takes longer than the job has; nobody told it to stop."""
+    assert (job.attempt(85, left_s=7200), job.attempt(85, left_s=7200)) == (0, 1)
+    assert "two attempts in a row" in job.cause(1)[1]
+
+
+SITE_FILES = {
+    "a test that fails": "[[ -f /none ]] && export A=1\n",
+    "a variable that is not set": 'module() { [ "$_ModuleTable_" ] && :; }\nmodule load cuda\n',
+}
+
+
+@pytest.mark.parametrize("what", SITE_FILES)
+def test_what_fails_in_the_sites_file_does_not_end_the_job(job, what):
+    (job.folder / "site.env").write_text(SITE_FILES[what] + "CLIPO_MAX_RESTARTS=7\n")
+    assert (job.attempt(0, CLIPO_SITE=str(job.folder / "site.env")), job.phases()) == (0, ["done"])
+
+
+def test_a_sites_file_that_is_no_bash_ends_the_job_with_its_name(job):
+    (job.folder / "site.env").write_text("if then\n")
+    assert job.attempt(0, CLIPO_SITE=str(job.folder / "site.env")) == 2
+    assert "site.env: bash can't read it" in job.told
+
+
+@pytest.mark.parametrize("name", ["CLIPO_MAX_RESTARTS", "CLIPO_CHECKS_SECONDS", "CLIPO_RAY_CPUS", "CLIPO_RAY_TIMEOUT"])
+def test_a_number_of_the_site_that_is_none_is_told_before_anything_starts(job, name):
+    assert job.attempt(0, **{name: "ten"}) == 2
+    assert f"{name} = ten: must be a whole number" in job.told
+    assert not (job.folder / "srun").exists()
+
+
+def test_a_job_that_is_submitted_elsewhere_is_told_where_the_project_is_looked_for(job):
+    assert job.attempt(0, CLIPO_HOME="") == 2
+    assert f"{job.folder} is not the project's folder; submit from there, or set CLIPO_HOME" in job.told
+
+
+def test_the_projects_own_code_comes_before_that_of_a_folder_with_a_longer_name(job):
+    (job.folder / "bin" / "srun").write_text(
+        _SRUN.replace("#!/bin/bash\n", '#!/bin/bash\necho "$PYTHONPATH" >>"$CALLS/paths"\n')
+    )
+    assert job.attempt(0, PYTHONPATH=f"{HOME}-old") == 0
+    assert set((job.folder / "paths").read_text().splitlines()) == {f"{HOME}:{HOME}-old"}

@@ -12,6 +12,7 @@ import pytest
 
 from clipo_megatron.cli import launch
 from clipo_megatron.cli.main import main
+from clipo_megatron.slurm import progress, render
 from clipo_megatron.slurm.job_folder import jobs_folder
 from clipo_megatron.slurm.render import HOME
 
@@ -30,6 +31,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPO_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "home" / "slurm").mkdir(parents=True)
+    (tmp_path / "home" / "clipo_megatron").mkdir()
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     program(tmp_path, "scontrol", SCONTROL)
@@ -155,3 +157,59 @@ def test_an_sbatch_that_does_not_answer_may_have_submitted_the_job(place, monkey
     told = capsys.readouterr().err
     assert "sbatch did not end within 1 s: the job may have been submitted" in told
     assert "squeue --me" in told
+
+
+@pytest.mark.parametrize("row", ['{"step": 1, "seconds/step": null}', '{"step": "x"}', '{"step": NaN}', "[]", "{"])
+def test_a_damaged_row_does_not_hide_a_job(place, capsys, row):
+    jobs = place / "slurm-jobs"
+    submitted(jobs, "1")
+    (jobs / "1" / "attempt-²").mkdir()
+    (jobs / "run-1").mkdir()
+    (jobs / "run-1" / "metrics.jsonl").write_text(row + "\n")
+    assert main(["status", "1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["attempt"], told["step_s"]) == (0, None)
+
+
+def test_the_table_is_whole_in_a_pipe_and_names_are_taken_literally(place, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "math_qwen3_30b_a3b_with_a_long_name_[red]"
+    submitted(
+        place / "slurm-jobs",
+        "1",
+        json.dumps({"recipe": "r", "overrides": [], "run_folder": f"/runs/{name}", "nodes": 1, "folder": "/"}),
+    )
+    assert main(["status", "1"]) == 0
+    assert name in capsys.readouterr().out
+
+
+def test_a_slurm_that_does_not_answer_is_asked_once(place, monkeypatch, capsys):
+    program(place, "scontrol", "#!/bin/sh\necho asked >>asked\nexec sleep 30\n")
+    monkeypatch.setattr(progress, "_SCONTROL_S", 1)
+    for number in ("1", "2", "3"):
+        submitted(place / "slurm-jobs", number)
+    assert main(["status", "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert (place / "asked").read_text() == "asked\n"
+
+
+def test_a_job_that_is_launched_from_another_one_takes_nothing_of_it(place, monkeypatch):
+    program(place, "sbatch", "#!/bin/sh\nenv >environment\necho 18\n")
+    for name in ("SLURM_MEM_PER_CPU", "SLURM_CPU_BIND", "SLURM_JOB_ID", "SLURMD_NODENAME", "CLIPO_LOST_NODES"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SBATCH_PARTITION", "gpu")
+    assert main(["launch", RECIPE]) == 0
+    lines = (place / "environment").read_text().splitlines()
+    names = {line.partition("=")[0] for line in lines}
+    assert {name for name in names if name.startswith(("SLURM", "SBATCH"))} == {"SLURM_CONF", "SBATCH_PARTITION"}
+    assert "CLIPO_LOST_NODES" not in names
+
+
+def test_a_project_that_is_installed_without_its_script_says_so(place, monkeypatch, capsys):
+    monkeypatch.setattr(render, "SCRIPT", place / "train.sbatch")
+    assert main(["launch", RECIPE, "--render"]) == 2
+    assert (
+        "train.sbatch: can't be read (No such file or directory); clipo launch needs the project's folder"
+        in capsys.readouterr().err
+    )

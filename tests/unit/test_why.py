@@ -297,7 +297,15 @@ def test_an_unknown_job_is_refused_with_where_it_was_looked_for(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("nodes", "host"), [("n[1-4,7]", "n1"), ("n1,n2", "n1"), ("gpu-[003-017]", "gpu-003"), ("big", "big")]
+    ("nodes", "host"),
+    [
+        ("n[1-4,7]", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu-[003-017]", "gpu-003"),
+        ("big", "big"),
+        ("n[01-02]-ib,m3", "n01-ib"),
+        ("r[1-2]n[3,5]", "r1n3"),
+    ],
 )
 def test_the_first_host_of_a_list_is_found(nodes, host):
     assert first_host(nodes) == host

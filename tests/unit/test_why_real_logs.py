@@ -13,6 +13,7 @@ from rich.console import Console
 
 from clipo_megatron.cli.main import main
 from clipo_megatron.cli.train import _progress
+from clipo_megatron.slurm import job_logs
 from clipo_megatron.slurm.why import explain
 
 NO_ROWS = """2026-11-24 04:10:03,000 INFO clipo_megatron.cluster: rank 1 is process 9 on n2
@@ -30,6 +31,12 @@ CHECKS = (
 
 def at(hour, minute, second):
     return time.mktime((2026, 11, 24, hour, minute, second, 0, 0, -1))
+
+
+def stepped(hour, minute, second):
+    """What the driver logs of a step that is done then."""
+    line = f"2026-11-24 {hour:02d}:{minute:02d}:{second:02d},000 INFO clipo_megatron.cli.train: step 2/4  accuracy 0.438  s 0.2\n"
+    return "run/driver.log", line, at(hour, minute, second)
 
 
 @pytest.fixture
@@ -58,7 +65,7 @@ def test_steps_without_a_time_do_not_hide_the_worker_that_failed_after_them(atte
         ("batch.log", CHECKS, at(4, 12, 9)),
         ("driver.log", STEPS + told, at(4, 12, 8)),
         ("run/logs/policy_1.log", NO_ROWS, at(4, 12, 7)),
-        ("run/metrics.jsonl", '{"step": 2}\n', at(4, 12, 1)),
+        stepped(4, 12, 1),
     )
     first = explain(job, folder).first
     assert (first.host, first.file.name) == ("n2", "policy_1.log")
@@ -71,7 +78,7 @@ def test_a_worker_that_failed_before_the_last_steps_row_and_is_told_of_after_it_
         ("driver.log", STEPS + "clipo: policy_1 failed in train: ValueError; see its log\n", at(4, 12, 20)),
         ("run/logs/policy_1.log", NO_ROWS, at(4, 12, 7)),
         ("run/logs/engine_0.log", NO_ROWS.replace("rank 1 is", "engine 0 is"), at(4, 12, 7)),
-        ("run/metrics.jsonl", '{"step": 2}\n', at(4, 12, 10)),
+        stepped(4, 12, 10),
     )
     found = explain(job, folder)
     assert found.first.file.name == "policy_1.log"
@@ -145,7 +152,7 @@ def test_a_crash_that_the_run_outlived_is_no_cause_of_a_later_cancellation_or_of
         ("run/logs/engine_0.log", CRASH, at(11, 0, 7)),
         # Ray shows what the engine wrote, without a time; the file's is later than the last step.
         ("driver.log", STEPS + "RuntimeError: CUDA error: ECC\n" + STEPS, at(20, 0, 1)),
-        ("run/metrics.jsonl", '{"step": 2}\n', at(20, 0, 1)),  # a step that ended while SLURM ended the job
+        stepped(20, 0, 1),  # a step that ended while SLURM ended the job
     )
     output = tmp_path / "slurm-4.out"
     output.write_text(CHECKS + ended)
@@ -182,7 +189,7 @@ def test_what_slurm_gives_a_reason_for_is_not_taken_for_scancel(attempt, reason,
     job, folder = attempt(
         ("batch.log", CHECKS, at(4, 0, 1)),
         ("driver.log", ended, at(20, 0, 0)),
-        ("run/metrics.jsonl", '{"step": 2}\n', at(20, 0, 1)),
+        stepped(20, 0, 1),
     )
     assert cause in explain(job, folder).first.cause
 
@@ -206,7 +213,7 @@ def test_a_cause_that_was_outlived_once_and_came_back_is_a_cause(attempt):
     job, folder = attempt(
         ("batch.log", CHECKS, at(4, 0, 1)),
         ("run/logs/engine_0.log", CRASH + again, at(19, 0, 7)),
-        ("run/metrics.jsonl", '{"step": 2}\n', at(12, 0, 1)),
+        stepped(12, 0, 1),
     )
     found = explain(job, folder)
     assert (int(found.first.moment), len(found.outlived)) == (at(19, 0, 7), 1)
@@ -225,7 +232,7 @@ def test_an_older_attempt_is_told_by_what_it_wrote_before_the_run_was_started_ag
     job, folder = attempt(
         ("batch.log", CHECKS, at(15, 2, 9)),
         ("run/logs/policy_1.log", OOM + AGAIN, at(16, 22, 8)),
-        ("run/metrics.jsonl", '{"step": 2}\n', at(16, 21, 0)),
+        stepped(16, 21, 0),
     )
     following = tmp_path / "jobs" / next_one
     following.mkdir(parents=True)
@@ -251,7 +258,6 @@ def test_an_older_attempt_went_on_after_what_came_before_the_steps_that_its_driv
             "2026-11-24 16:21:00,000 INFO clipo_megatron.cli.train: step 2/4  accuracy 0.094  s 0.4\n",
             at(16, 21, 0),
         ),
-        ("run/metrics.jsonl", '{"step": 2}\n', at(16, 21, 0)),
     )
     (job / "attempt-1").mkdir()
     (job / "attempt-1" / "batch.log").write_text(CHECKS.replace("T04:00", "T16:20").replace("attempt 0", "attempt 1"))
@@ -288,3 +294,33 @@ def test_the_steps_that_a_run_logs_are_the_ones_that_prove_its_progress(attempt,
         logger.removeHandler(log)
         logger.setLevel(level)
     assert explain(job, folder).first is None
+
+
+def test_a_run_folder_that_was_touched_or_a_clock_that_is_ahead_hides_no_cause(attempt):
+    files = [
+        (
+            "batch.log",
+            CHECKS + "2026-11-24T04:12:19 clipo: error: n1: driver: the run failed with exit code 1\n",
+            at(4, 12, 19),
+        ),
+        ("run/logs/policy_1.log", NO_ROWS, at(4, 12, 7)),
+        ("run/metrics.jsonl", '{"step": 2}\n', at(11, 0, 0)),
+    ]
+    job, folder = attempt(*files, phase="failed")
+    assert explain(job, folder).first.cause.startswith("ValueError: micro-batch 3")
+    name, line, moment = stepped(11, 0, 0)
+    (job.parents[1] / name).write_text(line)
+    os.utime(job.parents[1] / name, (moment, moment))
+    assert explain(job, folder).first.cause.startswith("ValueError: micro-batch 3")
+
+
+def test_a_line_is_counted_as_grep_counts_it_in_logs_with_bars_and_in_large_ones(attempt, monkeypatch):
+    bars = "".join(f"\r loading {share} %" for share in range(0, 100, 7)) + "\n\x85 \u2028 one line\r\n"
+    job, folder = attempt(("batch.log", CHECKS, at(4, 12, 9)), ("run/logs/policy_1.log", bars + NO_ROWS, at(4, 12, 7)))
+    assert explain(job, folder).first.line == 2 + len(NO_ROWS.splitlines())
+    monkeypatch.setattr(job_logs, "LARGEST_BYTES", 400)
+    monkeypatch.setattr(job_logs, "_CHUNK_BYTES", 7)
+    many = "2026-11-24 04:11:00,000 INFO x: nothing\n" * 100
+    (job.parents[1] / "run" / "logs" / "policy_1.log").write_text(many + NO_ROWS)
+    os.utime(job.parents[1] / "run" / "logs" / "policy_1.log", (at(4, 12, 7), at(4, 12, 7)))
+    assert explain(job, folder).first.line == 100 + len(NO_ROWS.splitlines())

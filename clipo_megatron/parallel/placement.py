@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clipo_megatron.errors import ConfigError
-from clipo_megatron.sync import placement as sync
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,28 +29,6 @@ class Placement:
     """By number; all ranks of an engine run on its node."""
     shared: tuple[tuple[int, ...], ...] = ()
     """Policy ranks whose devices each engine shares, one for each of its ranks; empty: devices of its own."""
-
-
-def sync_placement(placement: Placement, *, engine_ranks: int) -> sync.Placement:
-    """Number the devices of all workers, node by node, as plans of weight syncs do.
-
-    Args:
-        placement: of the workers.
-        engine_ranks: workers of one engine.
-    """
-    engines = [node for node in placement.engines for _ in range(0 if placement.shared else engine_ranks)]
-    workers = [*placement.policy, *engines]
-    on_node = Counter(node.name for node in workers)
-    per_node, places = max(on_node.values()), {name: number for number, name in enumerate(on_node)}
-    taken: Counter[str] = Counter()
-    numbers: list[int] = []
-    for node in workers:
-        numbers.append(places[node.name] * per_node + taken[node.name])
-        taken[node.name] += 1
-    of_policy, of_engines = numbers[: len(placement.policy)], numbers[len(placement.policy) :]
-    if placement.shared:
-        of_engines = [of_policy[rank] for block in placement.shared for rank in block]
-    return sync.Placement(trainer=tuple(of_policy), engines=tuple(of_engines), gpus_per_node=per_node)
 
 
 def place_colocated(
