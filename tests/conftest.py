@@ -22,6 +22,11 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The lane of runs is the longest scope, so it is begun first."""
+    """The lane of runs is the longest scope, so it is begun first; beside it those that need not wait for its trained policy."""
+
+    def order(item: pytest.Item) -> int:
+        starts = (RUNS, "tests/megatron/", "tests/end_to_end/")
+        return next((place for place, start in enumerate(starts) if item.nodeid.startswith(start)), len(starts))
+
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not item.nodeid.startswith(RUNS))
+        items.sort(key=order)

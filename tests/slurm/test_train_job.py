@@ -151,19 +151,9 @@ def test_usr1_before_the_driver_is_there_ends_the_attempt_and_a_job_that_may_not
     assert "submit it again" in why[2], why
 
 
-def test_a_cancelled_job_stays_cancelled_though_its_run_saves_and_would_go_on(lab, submit_run, tmp_path):
-    options = ("--nodes=1",)
-    job, folder = submit_run("cancelled", "run.steps=1000", *OF_ONE_RANK, options=options, CLIPO_DOCTOR="off")
-    _wait_for_phase(tmp_path / "cancelled", 2, "generate")
-    lab.run("scancel", job)
-    lab.wait(job, "CANCELLED", "COMPLETED", "FAILED", "PENDING", timeout_s=240)
-    lab.wait_until_idle("n1")  # all of it has ended, the batch script too
-    found = lab.job(job)
-    assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0"), told(job, folder)
-    assert (folder / "attempt-0" / "phase").read_text() == "driver\n"
-
-
-def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_on(lab, submit_run, tmp_path):
+def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_on_until_it_is_cancelled(
+    lab, submit_run, tmp_path
+):
     # SIGCONT, one second before the end, is no warning.
     options = ("--nodes=1", "--time=1", "--signal=B:CONT@1")
     overrides = ("run.steps=1000", "checkpoint.every=1000", *OF_ONE_RANK)
@@ -175,13 +165,16 @@ def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_
     came_to_steps = (tmp_path / "limit" / "metrics.jsonl").exists()
     steps = [row["step"] for row in metrics(tmp_path / "limit")] if came_to_steps else []
     saved = [path.name for path in (tmp_path / "limit" / "checkpoints").glob("step_*")]
-    if steps:
-        # A busy machine may take the one minute to start again.
-        lab.run("scontrol", "update", f"jobid={job}", "TimeLimit=10")
-        lab.restart_soon(job)
-        _wait_for_phase(tmp_path / "limit", len(steps) + 1, "train")
-    lab.run("scancel", job)
-    lab.wait_until_idle("n1")
+    # A busy machine may take the one minute to start again.
+    lab.run("scontrol", "update", f"jobid={job}", "TimeLimit=10")
+    lab.restart_soon(job)
+    _wait_for_phase(tmp_path / "limit", len(steps) + 1, "train")
+    lab.run("scancel", job)  # and so it stays, though the run saves and would go on
+    lab.wait(job, "CANCELLED", "COMPLETED", "FAILED", "PENDING", timeout_s=240)
+    lab.wait_until_idle("n1")  # all of it has ended, the batch script too
+    found = lab.job(job)
+    assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "1"), told(job, folder)
+    assert (folder / "attempt-1" / "phase").read_text() == "driver\n"
     assert steps == list(range(1, len(steps) + 1))
     if not steps:  # limits are whole minutes, and a slow machine takes one to start: the end came in time anyway
         assert "time was too short for a checkpoint" in (folder / "attempt-0" / "driver.log").read_text()
@@ -192,7 +185,7 @@ def test_a_run_that_nobody_warns_of_its_time_limit_ends_itself_in_time_and_goes_
 # Where nobody tells SLURM of a loss, the script finds out itself.
 @pytest.mark.parametrize(
     ("phase", "node", "spare", "is_told"),
-    [("generate", "n1", 0, True), ("train", "n2", 0, False), ("train", "n1", 1, True)],
+    [("train", "n2", 0, False), ("generate", "n1", 1, True)],
 )
 def test_a_job_whose_node_dies_comes_back_and_is_the_same_run(
     lab, submit_run, tmp_path, uninterrupted, phase, node, spare, is_told
