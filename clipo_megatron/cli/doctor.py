@@ -114,9 +114,8 @@ def _check(recipe: Recipe, args: argparse.Namespace, *, is_sound: bool) -> tuple
         from clipo_megatron.doctor.fabric_run import run_fabric
 
         return run_fabric(recipe, folder=args.report), facts
-    here = (
-        smallest_gib() if level != "static" and args.gpu_gib is None else None
-    )  # a login node's GPUs are not the job's
+    # A login node's GPUs are not the job's.
+    here = smallest_gib() if level != "static" and args.gpu_gib is None else None
     findings = run_static(StaticCase(recipe=recipe, gpu_gib=args.gpu_gib or here or _USUAL_GIB))
     if level == "node":
         from clipo_megatron.doctor.node import NodeCase, run_node
@@ -133,7 +132,7 @@ def _check(recipe: Recipe, args: argparse.Namespace, *, is_sound: bool) -> tuple
             ports=ports,
             find_ports=free_ports,
             find_address=own_address if in_job else None,
-            ranks=ranks_per_node(recipe) if "SLURM_JOB_ID" in os.environ else None,
+            find_share=ranks_per_node if "SLURM_JOB_ID" in os.environ else None,
         )
         more, facts = run_node(case)
         findings += more

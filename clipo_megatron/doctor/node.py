@@ -22,7 +22,7 @@ from clipo_megatron.checks.host_memory import allowed_bytes
 from clipo_megatron.checks.memory import estimate_memory
 from clipo_megatron.checks.preflight import existing_folder
 from clipo_megatron.doctor.devices import device_facts, device_findings
-from clipo_megatron.doctor.finding import Finding, fail, ok, skip, warn
+from clipo_megatron.doctor.finding import Finding, fail, of_problems, ok, skip, warn
 from clipo_megatron.doctor.imports import check_confinement, check_imports
 from clipo_megatron.doctor.job_time import check_time, read_pace
 from clipo_megatron.doctor.packages import package_facts, package_findings
@@ -60,8 +60,8 @@ class NodeCase:
     """Gives so many free ports of this host, or raises OSError."""
     find_address: Callable[[], str] | None = None
     """In a job: the address at which this host's Ray will listen, or raises WorkerError."""
-    ranks: int | None = None
-    """Policy ranks that this host gets; None: all."""
+    find_share: Callable[[Recipe], int] | None = None
+    """In a job: the policy ranks of the node that gets most, or raises ConfigError; None: this host gets all."""
     needs_torch: bool = True
     """Import torch and look at the devices by it."""
 
@@ -69,6 +69,7 @@ class NodeCase:
 def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
     """All node checks, and the facts of this host that must be equal on all of them."""
     recipe, folder = case.recipe, Path(case.recipe.run.folder) / case.recipe.run.name
+    placement, ranks = find_ranks(recipe, case.find_share)
     is_gpu = recipe.run.device != "cpu"
     findings = [
         check_writable("run folder", folder, needs_lock=True),
@@ -83,9 +84,8 @@ def run_node(case: NodeCase) -> tuple[list[Finding], dict[str, str]]:
         check_address(socket.gethostname()) if case.find_address is None else check_own_address(case.find_address),
         *check_ports(case.ports),
         check_free_ports(case.find_ports),
-        check_host_memory(
-            recipe, available=allowed_bytes(), ranks=recipe.layout.world_size if case.ranks is None else case.ranks
-        ),
+        placement,
+        check_host_memory(recipe, available=allowed_bytes(), ranks=ranks),
         check_time(os.environ, read_pace(folder / "metrics.jsonl")),
         *package_findings(recipe),
         *device_findings(recipe, needs_torch=case.needs_torch),
@@ -274,6 +274,23 @@ def check_free_ports(find: Callable[[int], Sequence[int]] | None) -> Finding:
         remedy = "end what listens there (`ss -ltnp`), or set CLIPO_PORTS=FIRST-LAST to others of this site"
         return fail(name, str(error), remedy)
     return ok(name, f"{_PORTS} for Ray")
+
+
+def find_ranks(recipe: Recipe, find: Callable[[Recipe], int] | None) -> tuple[Finding, int]:
+    """Whether the job's nodes hold all workers, and how many policy ranks a node gets at most.
+
+    Args:
+        recipe: of the run.
+        find: tells that number, or raises ConfigError.
+    """
+    name, everywhere = "placement", recipe.layout.world_size
+    if find is None:
+        return skip(name, "not in a job"), everywhere
+    try:
+        share = find(recipe)
+    except ConfigError as error:
+        return of_problems(name, error.problems, otherwise="")[0], everywhere
+    return ok(name, f"at most {share} of {everywhere} policy ranks on a node"), share
 
 
 def check_host_memory(recipe: Recipe, *, available: int | None, ranks: int) -> Finding:

@@ -25,6 +25,7 @@ from clipo_megatron.doctor.node import NodeCase, run_node
 from clipo_megatron.recipe import load_recipe
 from clipo_megatron.slurm.ports import free_ports
 from clipo_megatron.slurm.ray_node import own_address
+from clipo_megatron.slurm.shares import ranks_per_node
 
 GIB = 1 << 30
 
@@ -225,6 +226,16 @@ def test_too_few_free_ports_are_found(recipe):
 
     assert failed(NodeCase(recipe=recipe, find_ports=find)) == {"free ports"}
     assert failed(NodeCase(recipe=recipe, find_ports=free_ports)) == set()
+
+
+def test_workers_that_do_not_fit_on_the_jobs_nodes_are_found_and_the_others_are_shared(recipe):
+    finding, ranks = node.find_ranks(recipe, lambda recipe: ranks_per_node(recipe, {"CLIPO_RAY_CPUS": "0"}))
+    assert (finding.status, ranks) == (Status.FAIL, recipe.layout.world_size)
+    assert "the 1 nodes of the cluster have 0 slots" in finding.cause
+    assert "take more nodes or fewer workers" in finding.remedy
+    finding, ranks = node.find_ranks(recipe, lambda recipe: ranks_per_node(recipe, {"CLIPO_RAY_CPUS": "99"}))
+    assert (finding.status, ranks) == (Status.OK, recipe.layout.world_size)
+    assert node.find_ranks(recipe, None)[0].status is Status.SKIP
 
 
 def test_host_memory_below_what_the_ranks_need_is_found(recipe):
