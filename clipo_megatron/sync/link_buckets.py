@@ -39,6 +39,8 @@ class LinkBucket(NamedTuple):
     content: Tensor
     """uint8; a part of one of the buffers."""
     parts: list[Part]
+    buffer: int
+    """Which of the buffers that is."""
 
 
 class _Planned(NamedTuple):
@@ -135,7 +137,7 @@ def _laid_out(plan: SyncPlan, planned: list[_Planned], views: Views, device: tor
                 end += view.nbytes
             parts.append(Part(transfer, own, tuple(packed)))
             reached += _padded(plan.num_bytes(transfer.copy))
-        buckets.append(LinkBucket(bucket.peer, buffer[:reached], parts))
+        buckets.append(LinkBucket(bucket.peer, buffer[:reached], parts, number % BUFFERS))
     return buckets
 
 

@@ -82,15 +82,17 @@ class PlannedSends:
         links = self._links
         peers = [peer for peer in links.peers if only is None or peer in only]
         links.wait_all([(peer, links.send(links.number(version), peer)) for peer in peers])
-        under_way: deque[tuple[int, Work]] = deque()
+        under_way: deque[tuple[LinkBucket, Work]] = deque()
         for bucket in (bucket for bucket in links.buckets if bucket.peer in peers):
-            if len(under_way) == BUFFERS:
-                links.wait(*under_way.popleft())
+            # Those of some peers alone may all lie in one buffer.
+            while any(earlier.buffer == bucket.buffer for earlier, _ in under_way):
+                earlier, work = under_way.popleft()
+                links.wait(earlier.peer, work)
             for part in bucket.parts:
                 for packed, view in zip(part.packed, part.views, strict=True):
                     packed.copy_(view)
-            under_way.append((bucket.peer, links.send(bucket.content, bucket.peer)))
-        links.wait_all(list(under_way))
+            under_way.append((bucket, links.send(bucket.content, bucket.peer)))
+        links.wait_all([(earlier.peer, work) for earlier, work in under_way])
         if verify:
             links.wait_all([(peer, links.send(links.checksums(peer), peer)) for peer in peers])
         links.settle()

@@ -138,6 +138,51 @@ def test_a_rank_at_fault_is_named(fault: str, message: str, tmp_path: Path) -> N
 TWO_ENGINES = case_of("qwen3", ParallelLayout(world_size=1), EngineLayout(engines=2, tp=1))
 
 
+class _Slow:
+    """A group whose receiver takes its time: what is sent to it lies in the sender's buffers until then."""
+
+    def __init__(self, group) -> None:
+        self._group = group
+
+    def recv(self, tensors, rank, tag):
+        time.sleep(0.01)
+        return self._group.recv(tensors, rank, tag)
+
+    def abort(self):
+        self._group.abort()
+
+
+def _one_by_one(folder: Path, bucket_bytes: int) -> Parameters:
+    """The first version for both engines, one more for engine 1 alone, and one for engine 0; what they hold then."""
+    group, rank = _group(folder, 3), dist.get_rank()
+    if rank == 0:
+        parameters = {name: tensor.clone() for name, tensor in shards_of(TWO_ENGINES, folder)[0].items()}
+        first = {name: tensor.clone() for name, tensor in parameters.items()}
+        sends = PlannedSends(TWO_ENGINES.plan, 0, parameters, group, bucket_bytes=bucket_bytes)
+        for version, only in ((1, None), (2, [1]), (3, [0])):
+            for name, tensor in parameters.items():
+                torch.mul(first[name], version, out=tensor)
+            sends.send(version, verify=False, only=only)
+        return {}
+    targets = _targets(TWO_ENGINES)
+    receives = PlannedReceives(TWO_ENGINES.plan, rank - 1, 0, targets, _Slow(group), bucket_bytes=bucket_bytes)
+    receives.receive(1, verify=False)
+    receives.receive(3 if rank == 1 else 2, verify=False)
+    return targets
+
+
+@pytest.mark.parametrize("bucket_bytes", [500, 3000])
+def test_an_engine_that_is_served_alone_gets_its_own_slices(bucket_bytes: int, tmp_path: Path) -> None:
+    """Its buckets are every second one of the sender's, and so all in the same of its two buffers."""
+    hf = numbered_folder(TWO_ENGINES.arch, tmp_path)
+    found = run_ranks(_one_by_one, tmp_path, bucket_bytes, world_size=3)
+    expected = sliced_engine_rank(TWO_ENGINES.arch, hf, tp=1, rank=0, expert_parallel=False)
+    for engine, version in ((0, 3), (1, 2)):
+        for key, tensor in expected.items():
+            wanted = torch.where(tensor == UNWRITTEN, 0.0, tensor * version)
+            assert torch.equal(found[1 + engine][key], wanted), (engine, key)
+
+
 def _bereaved(folder: Path) -> str:
     """Engine 0 is gone before anything is sent; what the trainer and engine 1, which live on, are told."""
     rank = dist.get_rank()
