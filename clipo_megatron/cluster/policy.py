@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from clipo_megatron.cluster.actors import PolicyActor
 from clipo_megatron.cluster.gather import gather, gather_from
 from clipo_megatron.cluster.memory_use import MemoryUse
 from clipo_megatron.cluster.stack_dumps import telling_stacks
+from clipo_megatron.errors import WorkerError
 from clipo_megatron.policy.settings import PolicySettings
 from clipo_megatron.records import RolloutBatch, Scores, TrainReport, WeightBucket
 from clipo_megatron.sync.meeting import Meeting
@@ -22,8 +24,11 @@ from clipo_megatron.sync.meeting import Meeting
 if TYPE_CHECKING:
     from clipo_megatron.cluster.turns import DeviceTurns
 
-_MARGIN_S = 10.0
-"""Ranks that make a bucket together have the deadline themselves, on CPUs; the driver waits this much longer for their errors."""
+_MARGIN_S = 30.0
+"""Ranks that make a bucket together have the deadline themselves, on CPUs; the driver waits this much longer for their errors.
+
+Half of it they have as well: where an engine is late at the deadline, they are drawn to their end before they give one another up.
+"""
 
 
 class RayPolicy:
@@ -127,7 +132,7 @@ class RayPolicy:
         """See `controller.Policy`. Streams bucket by bucket; the folder appears when it is complete."""
         stream = self.stream_weights(0, phase="export", timeout_s=self._timeout_s, since=None)
         buckets: Iterator[WeightBucket] = (ray.get(ref) for ref, *_ in stream)
-        with telling_stacks():
+        with telling_stacks(), closing(stream):
             export_hf(buckets, source=self._settings.model_path, folder=folder)
 
     def weight_buckets(self, version: int) -> PolicyWeights:
@@ -162,10 +167,12 @@ class RayPolicy:
 
     def stream_weights(
         self, version: int, *, phase: str, timeout_s: float, since: float | None
-    ) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+    ) -> Generator[tuple[ray.ObjectRef, int, int]]:
         """Buckets of all pipeline stages, first stage first: a reference to each, its number of tensors and its bytes.
 
-        The next bucket is made while the caller is busy with the one before. All ranks of a stage take part in making it.
+        The next bucket is made while the caller is busy with the one before. All ranks of a stage take part in making it, so a
+        caller that gives up must close the generator: the stage is drawn to its end then, or what its ranks do next would be
+        paired with what is left of it.
 
         Args:
             version: of the weights.
@@ -176,21 +183,34 @@ class RayPolicy:
         """
         layout, number = self._settings.layout, 0
         limits: Any = {"phase": phase, "timeout_s": timeout_s, "since": since}
-        message_s = None if since is None else timeout_s
+        patient = limits | {"margin_s": _MARGIN_S}
+        message_s = None if since is None else timeout_s + _MARGIN_S / 2
         for stage in range(layout.pp):
             sender, *others = (f"policy_{rank}" for rank in layout.ranks_of_weights(stage))
             actor = self._by_name[sender]
             gather({sender: actor.open_stream.remote(version, number, message_s)}, **limits)
             drained = {name: self._by_name[name].drain_stream.remote(message_s) for name in others}
             pending = actor.next_bucket.remote()
-            while True:
-                bucket = gather_from(sender, {sender: pending, **drained}, **limits, margin_s=_MARGIN_S)
-                if bucket is None:
-                    break
-                ready, pending = pending, actor.next_bucket.remote()
-                yield ready, len(bucket.specs), len(bucket.payload)
-                number += 1
-            gather(drained, **limits, margin_s=_MARGIN_S, blames_late_after_s=timeout_s)
+            try:
+                while (bucket := gather_from(sender, {sender: pending} | drained, **patient)) is not None:
+                    ready, pending = pending, actor.next_bucket.remote()
+                    yield ready, len(bucket.specs), len(bucket.payload)
+                    number += 1
+            except WorkerError:  # a rank's: there is nothing to go on with
+                raise
+            except BaseException:  # the caller's, or a signal's
+                self._draw_to_end(sender, pending, drained, phase=phase, timeout_s=timeout_s)
+                raise
+            gather(drained, **patient, blames_late_after_s=timeout_s)
+
+    def _draw_to_end(
+        self, sender: str, pending: ray.ObjectRef, drained: dict[str, ray.ObjectRef], *, phase: str, timeout_s: float
+    ) -> None:
+        """Have the ranks of a stage finish a stream that nobody takes buckets of any more."""
+        limits: Any = {"phase": phase, "timeout_s": timeout_s, "margin_s": _MARGIN_S}
+        while gather_from(sender, {sender: pending} | drained, **limits) is not None:
+            pending = self._by_name[sender].next_bucket.remote()
+        gather(drained, **limits)
 
     def _all(self, phase: str, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
         """A phase of the run: one that hangs is over."""
@@ -226,8 +246,8 @@ class PolicyWeights:
         self._policy = policy
         self._version = version
 
-    def stream(self, *, timeout_s: float, since: float) -> Iterator[tuple[ray.ObjectRef, int, int]]:
-        """The buckets of a transfer that began at `since`, see `RayPolicy.stream_weights`."""
+    def stream(self, *, timeout_s: float, since: float) -> Generator[tuple[ray.ObjectRef, int, int]]:
+        """The buckets of a transfer that began at `since`, to be closed, see `RayPolicy.stream_weights`."""
         return self._policy.stream_weights(self._version, phase="sync transfer", timeout_s=timeout_s, since=since)
 
     def share(self, *, timeout_s: float) -> list[str]:

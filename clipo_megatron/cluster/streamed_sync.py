@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import closing
 from typing import Any
 
 import ray
@@ -30,7 +31,8 @@ class StreamedSync:
     def update(self, version: int, weights: PolicyWeights, *, only: Collection[str] | None = None) -> SyncReport:
         """Bring `version` to all engines, or to some. One that fails stays without a version and refuses to generate.
 
-        Buckets are drawn to their end whichever engine dies: the trainer's ranks make them together, and the others load them.
+        Buckets are drawn to their end whichever engine dies or is late: the trainer's ranks make them together, and after a
+        death the others load them.
 
         Raises:
             WorkersDied: a trainer rank died; or engines did, after the others were brought to their end.
@@ -44,9 +46,10 @@ class StreamedSync:
                 "sync begin", lambda actor, left_s: actor.begin_update.remote(version, left_s), time.monotonic()
             )
             since = time.monotonic()
-            for bucket, tensors, size in weights.stream(timeout_s=self._deadline.timeout_s, since=since):
-                engines.call("sync transfer", _load(bucket), since)
-                num_tensors, num_bytes = num_tensors + tensors, num_bytes + size
+            with closing(weights.stream(timeout_s=self._deadline.timeout_s, since=since)) as buckets:
+                for bucket, tensors, size in buckets:
+                    engines.call("sync transfer", _load(bucket), since)
+                    num_tensors, num_bytes = num_tensors + tensors, num_bytes + size
             engines.call(
                 "sync commit",
                 lambda actor, left_s: actor.commit_update.remote(version, num_tensors, left_s),

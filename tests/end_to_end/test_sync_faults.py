@@ -11,7 +11,8 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -205,18 +206,15 @@ def _among(planned: PlannedSync, names: list[str], timeout_s: float = TIMEOUT_S)
 class _Faulty(PolicyWeights):
     """Weights in buckets, with a fault after the first of them."""
 
-    def __init__(self, cluster: Cluster, version: int, fault: Callable[[], object], *, is_made: bool = False) -> None:
+    def __init__(self, cluster: Cluster, version: int, fault: Callable[[], object]) -> None:
         super().__init__(cluster.policy, version)
         self._fault = fault
-        self._is_made = is_made
 
-    def stream(self, *, timeout_s: float, since: float) -> Iterator[tuple[ray.ObjectRef, int, int]]:
-        buckets = super().stream(timeout_s=timeout_s, since=since)
-        if self._is_made:  # all of them before the first is loaded, so that no trainer rank is left waiting for another
-            buckets = iter(list(buckets))
-        yield next(buckets)
-        self._fault()
-        yield from buckets
+    def stream(self, *, timeout_s: float, since: float) -> Generator[tuple[ray.ObjectRef, int, int]]:
+        with closing(super().stream(timeout_s=timeout_s, since=since)) as buckets:
+            yield next(buckets)
+            self._fault()
+            yield from buckets
 
 
 def _streamed(cluster: Cluster, names: list[str], timeout_s: float = TIMEOUT_S) -> StreamedSync:
@@ -317,10 +315,11 @@ def test_who_is_late_while_slices_are_sent_is_named_and_after_a_new_meeting_all_
 
 
 def test_an_engine_that_is_late_in_a_streamed_transfer_is_named_and_the_next_update_mends_it(cluster: Cluster) -> None:
+    """The trainer's ranks were amid making buckets together: what they make next is whole, too."""
     names, pid = ["engine_0", "engine_1"], _pid(cluster.engines._actors["engine_0"])
     cluster.version += 1
     cluster.take(cluster.version)
-    weights = _Faulty(cluster, cluster.version, lambda: os.kill(pid, signal.SIGSTOP), is_made=True)
+    weights = _Faulty(cluster, cluster.version, lambda: os.kill(pid, signal.SIGSTOP))
     try:
         with pytest.raises(WorkerError, match=r"^sync transfer: not done after 10 s: engine_0;"):
             _streamed(cluster, names, 10.0).update(cluster.version, weights)
