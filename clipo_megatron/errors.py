@@ -32,5 +32,9 @@ class EngineError(ClipoError, RuntimeError):
     """A rollout engine was asked for what it can't do now, say, to generate for weights that it does not hold."""
 
 
+class EngineLostError(EngineError):
+    """Processes of an engine died or hang: it can't be asked for anything any more, but another can take its place."""
+
+
 class WorkerError(ClipoError, RuntimeError):
     """A worker process failed. The message is its first cause on one line; the traceback is in the worker's log."""

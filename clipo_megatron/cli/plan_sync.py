@@ -14,8 +14,10 @@ from rich.table import Table
 
 from clipo_megatron.checks.trainer_layout import parallel_layout
 from clipo_megatron.errors import ConfigError
+from clipo_megatron.parallel.layout import ParallelLayout
+from clipo_megatron.parallel.placement import Node, place_colocated, place_workers
 from clipo_megatron.recipe import Recipe
-from clipo_megatron.sync.placement import Link, place_apart, place_together
+from clipo_megatron.sync.placement import Link, Placement, number_devices
 from clipo_megatron.sync.plan import EngineLayout, SyncPlan
 from clipo_megatron.sync.plan_json import to_json
 from clipo_megatron.sync.plan_report import Bandwidths, LinkTraffic, bytes_of_links, floor_seconds, traffic
@@ -81,10 +83,8 @@ def show_plan(recipe: Recipe, arch: Architecture, args: argparse.Namespace) -> N
     """
     trainer = parallel_layout(recipe)
     engines = EngineLayout(engines=recipe.rollout.engines, tp=recipe.rollout.tp, expert_parallel=args.expert_parallel)
-    place = place_together if args.colocated or recipe.rollout.colocate else place_apart
-    placement = place(
-        trainer_ranks=trainer.world_size, engine_ranks=engines.num_ranks, gpus_per_node=args.gpus_per_node
-    )
+    is_shared = args.colocated or recipe.rollout.colocate
+    placement = _placement(trainer, engines, gpus_per_node=args.gpus_per_node, is_shared=is_shared)
     fp8 = args.fp8 or FP8_OF_QUANTIZATION[recipe.rollout.quantization]
     plan = plan_sync(arch, trainer, engines, placement, dtype=recipe.model.dtype, fp8=fp8)
     bandwidths = Bandwidths(same_node=args.nvlink_gbs, network=args.network_gbs, memory=args.memory_gbs)
@@ -97,6 +97,24 @@ def show_plan(recipe: Recipe, arch: Architecture, args: argparse.Namespace) -> N
                 f"--json = {args.json}: can't be written ({error.strerror}); give another file"
             ) from error
         print(f"plan written to {args.json}")
+
+
+def _placement(trainer: ParallelLayout, engines: EngineLayout, *, gpus_per_node: int, is_shared: bool) -> Placement:
+    """Of a run on as few nodes as hold all workers."""
+    count = trainer.world_size + (0 if is_shared else engines.num_ranks)
+    nodes = [
+        Node(name=str(number), address=f"node {number}", slots=gpus_per_node)
+        for number in range(-(-count // gpus_per_node))
+    ]
+    place = place_colocated if is_shared else place_workers
+    placed = place(
+        nodes,
+        ranks=trainer.world_size,
+        ranks_together=trainer.tp * trainer.cp,
+        engines=engines.engines,
+        engine_ranks=engines.tp,
+    )
+    return number_devices(placed, engine_ranks=engines.tp)
 
 
 def _as_json(plan: SyncPlan, bandwidths: Bandwidths) -> str:
@@ -125,7 +143,7 @@ def _print(plan: SyncPlan, bandwidths: Bandwidths, *, degrees: str) -> None:
     table = Table(
         title=f"PLAN, not measured: {plan.dtype} weights{', matrices in FP8,' if plan.dtypes else ''} of {trainer.world_size} trainer ranks "
         f"({degrees or 'nothing split'}) into {engines.engines} engines of tp={engines.tp}"
-        f"{', expert parallel' if engines.expert_parallel else ''}; {plan.placement.gpus_per_node} GPUs a node",
+        f"{', expert parallel' if engines.expert_parallel else ''}; {plan.placement.gpus_per_node} GPUs of a node are used",
         title_justify="left",
     )
     for column in ("link", "entries", "copies", "GB", "sent max", "mean", "received max", "mean", "floor ms"):

@@ -20,7 +20,7 @@ from clipo_megatron.cluster.engine_leftovers import claim
 from clipo_megatron.cluster.memory_use import MemoryUse, memory_use
 from clipo_megatron.cluster.worker_log import DUMP_SIGNAL, LoggedWorker, WorkerFailure
 from clipo_megatron.doctor.finding import host_name
-from clipo_megatron.errors import EngineError
+from clipo_megatron.errors import EngineError, EngineLostError
 from clipo_megatron.imports import large_imports
 from clipo_megatron.records import Prompt, RolloutBatch, RolloutGroup, Sampling, Scores, TrainReport, WeightBucket
 
@@ -52,7 +52,8 @@ def reports_failure(
             logging.getLogger(__name__).error("failed in %s\n%s", method.__name__, traceback.format_exc())
             lines = str(error).strip().splitlines() or [""]
             cause = f"{type(error).__name__}: {lines[0]}"
-            raise WorkerFailure(self.worker_name, method.__name__, cause, moment) from None
+            is_lost = isinstance(error, EngineLostError)
+            raise WorkerFailure(self.worker_name, method.__name__, cause, moment, is_lost) from None
 
     return wrapped
 

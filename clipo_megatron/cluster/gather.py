@@ -29,7 +29,7 @@ class WorkersDied(WorkerError):
 
 
 class WorkersLate(WorkerError):
-    """Workers have not answered by the deadline of a phase."""
+    """Workers have not answered by the deadline of a phase, or engines whose own workers died or have not."""
 
     def __init__(self, message: str, workers: Sequence[str]) -> None:
         super().__init__(message)
@@ -152,10 +152,13 @@ def gather_in_time(
     began = time.monotonic() if since is None else since
     found = _wait(refs, began + timeout_s + margin_s, wanted=refs.keys(), outlasts_deaths=True)
     cause = _first_cause(found.failures, phase) if found.failures else None
-    if cause is not None and not isinstance(cause, WorkersDied):
-        raise cause
     late = _late(found.late, phase, timeout_s) if found.late else None
-    return {name: found.results[name] for name in refs if name in found.results}, cause, late
+    if isinstance(cause, WorkersLate):
+        late = cause if late is None else WorkersLate(f"{cause}; {late}", [*cause.workers, *late.workers])
+    elif cause is not None and not isinstance(cause, WorkersDied):
+        raise cause
+    died = cause if isinstance(cause, WorkersDied) else None
+    return {name: found.results[name] for name in refs if name in found.results}, died, late
 
 
 @dataclass(kw_only=True, slots=True)
@@ -185,7 +188,7 @@ def _wait(
             except (RayError, WorkerError) as error:
                 found.failures[names[ref]] = error
                 found.failed_at = min(found.failed_at, time.monotonic())
-                if not (outlasts_deaths and isinstance(error, RayActorError)):
+                if not (outlasts_deaths and _is_gone(error)):
                     deadline = min(deadline, time.monotonic() + GRACE_S)
     found.late = sorted(names[ref] for ref in pending)
     return found
@@ -209,11 +212,13 @@ def _late(names: Sequence[str], phase: str, timeout_s: float) -> WorkersLate:
 
 
 def _first_cause(failures: Mapping[str, Exception], phase: str) -> WorkerError:
-    """A death explains the broken connections of the others; else the earliest exception is the cause."""
+    """A death, or an engine's loss of its workers, explains broken connections of others; else the earliest exception is the cause."""
     dead = {name: error for name, error in failures.items() if isinstance(error, RayActorError)}
     for name, error in dead.items():
         return WorkersDied(f"{name} died in {phase}: {_reason(error)}", list(dead))
     raised = {name: _worker_failure(error) for name, error in failures.items()}
+    if lost := [failure for failure in raised.values() if failure is not None and failure.is_lost]:
+        return WorkersLate(str(min(lost, key=lambda failure: failure.moment)), [failure.worker for failure in lost])
     known = sorted((f for f in raised.values() if f is not None), key=lambda failure: failure.moment)
     if known:
         return WorkerError(str(known[0]))
@@ -221,6 +226,12 @@ def _first_cause(failures: Mapping[str, Exception], phase: str) -> WorkerError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # A traceback ends with its exception; Ray's own errors begin with the cause and end with advice.
     return WorkerError(f"{name} failed in {phase}: {lines[-1 if isinstance(error, RayTaskError) else 0]}")
+
+
+def _is_gone(error: Exception) -> bool:
+    """Its process, or those of its own that it can't do without."""
+    failure = _worker_failure(error)
+    return isinstance(error, RayActorError) or (failure is not None and failure.is_lost)
 
 
 def _worker_failure(error: Exception) -> WorkerFailure | None:

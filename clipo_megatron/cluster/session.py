@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from clipo_megatron.cluster.engines import RayEngines
 from clipo_megatron.cluster.policy import RayPolicy
 from clipo_megatron.cluster.ray_start import start_ray
-from clipo_megatron.cluster.settings import Device, engine_settings, policy_settings, sync_placement, sync_settings
+from clipo_megatron.cluster.settings import Device, engine_settings, policy_settings, sync_settings
 from clipo_megatron.cluster.turns import DeviceTurns
 from clipo_megatron.errors import WorkerError
 from clipo_megatron.parallel.placement import Node, Placement, place_colocated, place_workers
@@ -25,6 +25,7 @@ from clipo_megatron.recipe import Recipe
 from clipo_megatron.rollout.environment import engine_environment
 from clipo_megatron.slurm.job_folder import ATTEMPT_VARIABLE, NODES_VARIABLE
 from clipo_megatron.slurm.ray_node import address_of_head, start_timeout_s
+from clipo_megatron.sync.placement import number_devices
 
 OBJECT_STORE_BYTES = 512 << 20
 """Shared memory of a CPU run's object store; a bucket and a batch must fit."""
@@ -142,7 +143,7 @@ def place(recipe: Recipe, *, device: Device, log_folder: Path) -> tuple[RayPolic
         log_folder=log_folder,
         timeout_s=recipe.run.worker_timeout_s,
         start_timeout_s=recipe.run.start_timeout_s,
-        sync=sync_settings(recipe, device=device, gpus=sync_placement(placement, engine_ranks=rollout.tp)),
+        sync=sync_settings(recipe, device=device, gpus=number_devices(placement, engine_ranks=rollout.tp)),
         max_restarts=rollout.max_restarts,
     )
     if not rollout.colocate:  # on devices of their own they load beside the policy

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 from clipo_megatron.algorithms.contrastive import Objective
 from clipo_megatron.checks.trainer_layout import parallel_layout
 from clipo_megatron.cluster.planned_sync import SyncSettings
-from clipo_megatron.parallel import placement as workers
 from clipo_megatron.policy.precision import PrecisionSettings
 from clipo_megatron.policy.settings import AlgorithmSettings, ContrastiveSettings, OptimizerSettings, PolicySettings
 from clipo_megatron.recipe import Recipe
@@ -113,28 +111,6 @@ def engine_settings(recipe: Recipe, *, device: Device) -> EngineSettings:
         quantization=rollout.quantization,
         return_routed_experts=recipe.experts.routing_replay and has_experts,
     )
-
-
-def sync_placement(placement: workers.Placement, *, engine_ranks: int) -> Placement:
-    """Number the devices of all workers, node by node, as plans of weight syncs do.
-
-    Args:
-        placement: of the workers.
-        engine_ranks: workers of one engine.
-    """
-    engines = [node for node in placement.engines for _ in range(0 if placement.shared else engine_ranks)]
-    nodes = [*placement.policy, *engines]
-    on_node = Counter(node.name for node in nodes)
-    per_node, places = max(on_node.values()), {name: number for number, name in enumerate(on_node)}
-    taken: Counter[str] = Counter()
-    numbers: list[int] = []
-    for node in nodes:
-        numbers.append(places[node.name] * per_node + taken[node.name])
-        taken[node.name] += 1
-    of_policy, of_engines = numbers[: len(placement.policy)], numbers[len(placement.policy) :]
-    if placement.shared:
-        of_engines = [of_policy[rank] for block in placement.shared for rank in block]
-    return Placement(trainer=tuple(of_policy), engines=tuple(of_engines), gpus_per_node=per_node)
 
 
 def sync_settings(recipe: Recipe, *, device: Device, gpus: Placement) -> SyncSettings:

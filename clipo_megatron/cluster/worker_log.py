@@ -16,13 +16,15 @@ DUMP_SIGNAL = signal.SIGUSR2
 class WorkerFailure(WorkerError):
     """An exception of a worker, on its way to the driver."""
 
-    def __init__(self, worker: str, phase: str, cause: str, moment: float) -> None:
-        super().__init__(worker, phase, cause, moment)
+    def __init__(self, worker: str, phase: str, cause: str, moment: float, is_lost: bool = False) -> None:
+        super().__init__(worker, phase, cause, moment, is_lost)
         self.worker = worker
         self.phase = phase
         self.cause = cause
         self.moment = moment
         """Unix time at which it was raised: the earliest one is the first cause."""
+        self.is_lost = is_lost
+        """Processes of this engine died or hang: it has to be replaced."""
 
     def __str__(self) -> str:
         return f"{self.worker} failed in {self.phase}: {self.cause}"

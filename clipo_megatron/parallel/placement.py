@@ -44,8 +44,13 @@ def place_colocated(
         engine_ranks: workers of one engine.
 
     Raises:
-        ConfigError: too few slots, or an engine's devices would lie on two nodes.
+        ConfigError: too few slots or policy ranks, or an engine's devices would lie on two nodes.
     """
+    if engines * engine_ranks > ranks:
+        raise ConfigError(
+            f"rollout.engines * rollout.tp = {engines * engine_ranks} engine ranks would share the GPUs of layout.world_size = "
+            f"{ranks} trainer ranks, one a GPU; take fewer or smaller engines, or more ranks"
+        )
     policy = place_workers(
         nodes, ranks=ranks, ranks_together=ranks_together, engines=0, engine_ranks=engine_ranks
     ).policy

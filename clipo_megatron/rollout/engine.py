@@ -97,9 +97,9 @@ class RolloutEngine:
 
         Raises:
             EngineError: the engine does not hold `version`, or a prompt is too long.
+            EngineLostError: a worker of several died or hangs.
             CheckError: a log-prob is not finite, or a token has no routed experts though they were asked for.
         """
-        llm = self._workers.require()
         self._updates.ready(version)
         self._check_lengths(prompts, sampling.max_tokens)
         # Cached blocks of an earlier call change the last bits: without them a resumed run equals an uninterrupted one.
@@ -114,7 +114,8 @@ class RolloutEngine:
                 )
                 requests.append({"prompt_token_ids": token_ids})
                 parameters.append(self._parameters(request_seed, sampling))
-        outputs = llm.generate(requests, parameters, use_tqdm=False)
+        with self._workers.generating() as llm:
+            outputs = llm.generate(requests, parameters, use_tqdm=False)
         recorded: dict[str, Routes] = self._workers.call("clipo_take_routes")[0] if self._records_routes else {}
         with_routes = self._return_routed_experts and sampling.routed_experts
         rollouts = [

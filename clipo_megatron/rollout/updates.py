@@ -108,7 +108,7 @@ class WeightUpdates:
         self._state.commit(version, num_tensors)
 
     def open_plan(self, plan: str, engine: int, handles: Sequence[str]) -> tuple[int, float]:
-        """Open the trainer's memory and lay out all copies; the weights are not touched.
+        """Open the trainer's memory and lay out all copies; of the weights only the vocabulary's padding is touched.
 
         Args:
             plan: as JSON (sync/plan_json.py).
@@ -121,6 +121,7 @@ class WeightUpdates:
         Raises:
             EngineError: the plan does not fit this engine or the trainer, or the memory can't be opened from here.
         """
+        self._wake("weights")  # the vocabulary's padding is set to zero once, here
         found = self._workers.call("clipo_open_plan", plan, engine, list(handles))
         return sum(num_bytes for num_bytes, _ in found), max(seconds for _, seconds in found)
 
@@ -138,6 +139,7 @@ class WeightUpdates:
         Raises:
             EngineError: the plan does not fit this engine, or a rank did not come.
         """
+        self._wake("weights")  # as for `open_plan`
         found = self._workers.call("clipo_open_links", plan, engine, meeting)
         return sum(num_bytes for num_bytes, _ in found), max(seconds for _, seconds in found)
 

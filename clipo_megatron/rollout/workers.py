@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from clipo_megatron.errors import CheckError, EngineError
+from clipo_megatron.errors import CheckError, ClipoError, EngineError, EngineLostError
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -79,12 +81,13 @@ class Workers:
         """The running engine, if all its workers can be called.
 
         Raises:
-            EngineError: it is closed, or a worker died or was late in an earlier call.
+            EngineError: it is closed.
+            EngineLostError: a worker died or was late in an earlier call.
         """
         if self._llm is None:
             raise EngineError("the engine is closed; start a new one")
         if self._lost:
-            raise EngineError(f"the engine has lost its workers ({self._lost}); restart it")
+            raise EngineLostError(f"the engine has lost its workers ({self._lost}); restart it")
         return self._llm
 
     def call(self, method: str, *arguments: object, timeout_s: float | None = None) -> list[Any]:
@@ -96,7 +99,8 @@ class Workers:
             timeout_s: deadline of all together; with one worker, which runs in this process, there is none.
 
         Raises:
-            EngineError: a worker failed, died or is late. After the last two no worker can be called any more.
+            EngineError: a worker failed.
+            EngineLostError: a worker died or is late: no worker can be called any more.
             CheckError: what came is damaged.
         """
         llm = self.require()
@@ -107,12 +111,34 @@ class Workers:
             )
         except (TimeoutError, RuntimeError) as error:  # vLLM has no class of its own for a worker that died
             self._lost = self._cause(method, error, timeout_s)
-            raise EngineError(self._lost) from error
+            raise EngineLostError(self._lost) from error
         for rank, (kind, message, _) in enumerate(replies):
             if kind:
                 text = f"engine worker {rank} of {self._count}: {method}: {kind}: {message}"
                 raise CheckError(text) if kind == "CheckError" else EngineError(text)
         return [found for _, _, found in replies]
+
+    @contextmanager
+    def generating(self) -> Generator[LLM]:
+        """Within the block the engine generates: an error of vLLM's there is the loss of its workers, where they are processes.
+
+        vLLM has no way back from one: its scheduler goes on as if nothing had been sampled.
+
+        Raises:
+            EngineLostError: a worker died, failed, or did not answer vLLM in the time that vLLM gives it.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        llm = self.require()
+        try:
+            yield llm
+        except ClipoError:
+            raise
+        except (TimeoutError, RuntimeError, EngineDeadError) as error:
+            if self._count == 1:
+                raise
+            self._lost = f"an engine worker of {self._count} died, failed or is late in generate: {error or type(error).__name__}"
+            raise EngineLostError(self._lost) from error
 
     def close(self) -> None:
         """End the workers; none can be called any more. Closing twice is fine."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from clipo_megatron.errors import ConfigError
+from clipo_megatron.parallel import placement as workers
 
 
 class Link(StrEnum):
@@ -51,17 +53,32 @@ class Placement:
         return tuple(rank for rank, link in zip(trainer_ranks, links, strict=True) if link is best)
 
 
+def number_devices(placement: workers.Placement, *, engine_ranks: int) -> Placement:
+    """Number the devices of all workers, node by node.
+
+    Args:
+        placement: of the workers.
+        engine_ranks: workers of one engine.
+    """
+    engines = [node for node in placement.engines for _ in range(0 if placement.shared else engine_ranks)]
+    nodes = [*placement.policy, *engines]
+    on_node = Counter(node.name for node in nodes)
+    per_node, places = max(on_node.values()), {name: number for number, name in enumerate(on_node)}
+    taken: Counter[str] = Counter()
+    numbers: list[int] = []
+    for node in nodes:
+        numbers.append(places[node.name] * per_node + taken[node.name])
+        taken[node.name] += 1
+    of_policy, of_engines = numbers[: len(placement.policy)], numbers[len(placement.policy) :]
+    if placement.shared:
+        of_engines = [of_policy[rank] for block in placement.shared for rank in block]
+    return Placement(trainer=tuple(of_policy), engines=tuple(of_engines), gpus_per_node=per_node)
+
+
 def place_apart(*, trainer_ranks: int, engine_ranks: int, gpus_per_node: int) -> Placement:
     """Every rank has a GPU of its own: first all of the trainer, then all of the engines."""
     return Placement(
         trainer=tuple(range(trainer_ranks)),
         engines=tuple(range(trainer_ranks, trainer_ranks + engine_ranks)),
         gpus_per_node=gpus_per_node,
-    )
-
-
-def place_together(*, trainer_ranks: int, engine_ranks: int, gpus_per_node: int) -> Placement:
-    """Trainer and engines take turns on the same GPUs, each from the first one on."""
-    return Placement(
-        trainer=tuple(range(trainer_ranks)), engines=tuple(range(engine_ranks)), gpus_per_node=gpus_per_node
     )

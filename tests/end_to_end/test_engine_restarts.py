@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import run_clipo, start_clipo
 
@@ -28,6 +29,16 @@ def _metrics(run: Path) -> list[dict[str, float]]:
         }
         for row in rows
     ]
+
+
+def _rows(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _worker_of(engine: int) -> int:
+    """The second of an engine's worker processes."""
+    return [child.pid for child in psutil.Process(engine).children() if "Worker" in " ".join(child.cmdline())][1]
 
 
 def _processes(run: Path) -> dict[str, int]:
@@ -119,6 +130,34 @@ def test_engines_that_hang_are_killed_and_started_again_with_their_stacks_told(w
     assert "most recent call first" in (run / "logs" / "policy_0.log").read_text()
     assert not [pid for pid in hung if _is_alive(pid)]
     assert _metrics(run) == _metrics(undisturbed)
+
+
+def test_an_engine_that_loses_one_of_its_workers_is_started_again_with_all(write_recipe, tmp_path):
+    """Its own process lives on, and tells of the worker: one is killed in a generation, and later one is stopped in a sync."""
+    run = tmp_path / "run"
+    recipe, overrides = write_recipe(tmp_path, "run"), ("layout.world_size=1", "layout.tp=1", "rollout.tp=2")
+    process = start_clipo("train", recipe, *overrides, f"run.steps={STEPS}", "checkpoint.every=0", "sync.timeout_s=20")
+    lost = []
+    for restarts, (phase, number) in enumerate((("generate", signal.SIGKILL), ("train", signal.SIGSTOP))):
+        first = len(_rows(run)) + 2  # the first sync is not survived, and each engine is to answer before it dies
+        while not (_phase(run).endswith(f" {phase}") and int(_phase(run).split()[0]) >= first):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        log = f"engine_0.restart{restarts}.log" if restarts else "engine_0.log"
+        lost.append(_worker_of(_processes(run)[log]))
+        os.kill(lost[-1], number)
+        while f"engine_0.restart{restarts + 1}.log" not in _processes(run):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, f"{out}\n{err}"
+    rows = _rows(run)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[-1]["rollout/engine_restarts"] == 2
+    told = (run / "driver.log").read_text()
+    assert "an engine worker of 2 died, failed or is late in generate" in told, told
+    assert re.search(r"engine worker [01] of 2: clipo_\w+: not done after 2\d s", told), told
+    assert not [pid for pid in (*lost, *_processes(run).values()) if _is_alive(pid)]
 
 
 def test_an_engine_that_dies_at_once_again_and_again_ends_the_run_with_its_name_and_log(write_recipe, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import ray
 from support.ray_workers import Worker, local_ray
 
-from clipo_megatron.cluster.gather import gather, gather_from
+from clipo_megatron.cluster.gather import WorkersLate, gather, gather_from, gather_in_time
 from clipo_megatron.errors import WorkerError
 
 WAIT_S = 240
@@ -53,6 +53,33 @@ def test_a_death_is_the_cause_of_the_others_failures(workers):
     }
     with pytest.raises(WorkerError, match=r"^policy_1 died in train: its process ended"):
         gather(refs, phase="train", timeout_s=WAIT_S)
+
+
+def test_an_engine_that_lost_its_own_workers_is_the_cause_and_to_be_replaced(workers):
+    refs = {
+        "policy_0": workers["policy_0"].fail.remote("connection closed by peer"),
+        "engine_0": workers["engine_0"].lose.remote("engine worker 1 of 2: died", 0.5),
+    }
+    with pytest.raises(
+        WorkersLate, match=r"^engine_0 failed in lose: EngineLostError: engine worker 1 of 2: died$"
+    ) as late:
+        gather(refs, phase="sync transfer", timeout_s=WAIT_S)
+    assert late.value.workers == ("engine_0",)
+
+
+def test_an_engine_that_lost_its_own_workers_does_not_end_what_the_others_do(workers):
+    refs = {
+        "policy_0": workers["policy_0"].lose.remote("engine worker 1 of 2: died"),
+        "policy_1": workers["policy_1"].echo.remote(7, 6.0),
+        "engine_0": workers["engine_0"].die.remote(),
+    }
+    found, died, late = gather_in_time(refs, phase="generate", timeout_s=WAIT_S)
+    assert found == {"policy_1": 7}
+    assert died.workers == ("engine_0",)  # the other is found in the next call
+    assert late is None
+    refs = {name: workers[name].lose.remote("a worker died") for name in ("policy_0", "policy_1")}
+    found, died, late = gather_in_time(refs, phase="generate", timeout_s=WAIT_S)
+    assert (found, died, set(late.workers)) == ({}, None, {"policy_0", "policy_1"})
 
 
 def test_the_late_are_named_after_the_deadline(workers):

@@ -14,6 +14,7 @@ import ray
 from clipo_megatron.cluster.actors import reports_failure
 from clipo_megatron.cluster.ray_start import start_ray
 from clipo_megatron.cluster.worker_log import LoggedWorker
+from clipo_megatron.errors import EngineLostError
 
 
 @contextmanager
@@ -44,6 +45,11 @@ class Worker(LoggedWorker):
     def fail(self, message, delay=0.0):
         time.sleep(delay)
         raise ValueError(message)
+
+    @reports_failure
+    def lose(self, message, delay=0.0):
+        time.sleep(delay)
+        raise EngineLostError(message)
 
     def die(self):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clipo_megatron.cluster.settings import sync_placement
 from clipo_megatron.errors import ConfigError
 from clipo_megatron.parallel.placement import Node, Placement, place_colocated, place_workers
-from clipo_megatron.sync.placement import Link
+from clipo_megatron.sync.placement import Link, number_devices
 
 
 def _nodes(*slots: int) -> list[Node]:
@@ -103,13 +102,13 @@ def test_an_engine_whose_devices_would_lie_on_two_nodes_is_refused_with_both():
 
 def test_a_sync_knows_which_ranks_share_a_node_and_which_a_device():
     apart = place_workers(_nodes(8, 8), ranks=8, ranks_together=4, engines=4, engine_ranks=2)
-    found = sync_placement(apart, engine_ranks=2)
+    found = number_devices(apart, engine_ranks=2)
     for rank in range(8):
         for engine_rank in range(8):
             same_node = apart.policy[rank].name == apart.engines[engine_rank // 2].name
             assert found.link(rank, engine_rank) is (Link.SAME_NODE if same_node else Link.NETWORK)
     together = place_colocated(_nodes(4, 4), ranks=8, ranks_together=4, engines=4, engine_ranks=2)
-    found = sync_placement(together, engine_ranks=2)
+    found = number_devices(together, engine_ranks=2)
     assert found.trainer == found.engines
     assert [found.link(rank, rank) for rank in range(8)] == [Link.SAME_GPU] * 8
     assert found.link(0, 3) is Link.SAME_NODE

@@ -28,7 +28,7 @@ from support.plans import (
 from clipo_megatron.cli.main import main
 from clipo_megatron.errors import CheckError, ConfigError
 from clipo_megatron.parallel.layout import ParallelLayout
-from clipo_megatron.sync.placement import Link, Placement, place_apart, place_together
+from clipo_megatron.sync.placement import Link, Placement, place_apart
 from clipo_megatron.sync.plan import EngineLayout, SyncPlan, Transfer
 from clipo_megatron.sync.plan_json import from_json, to_json
 from clipo_megatron.sync.plan_report import Bandwidths, bytes_of_links, floor_seconds, traffic
@@ -191,7 +191,7 @@ def test_on_the_same_gpus_in_the_same_layout_nothing_is_moved(family: str, tp: i
     # Experts: etp = tp gives each trainer rank the slice of each expert that its engine rank holds.
     trainer = ParallelLayout(world_size=tp * dp, tp=tp, etp=tp if FAMILIES[family].has_experts else 1)
     engines = EngineLayout(engines=dp, tp=tp)
-    together = place_together(trainer_ranks=tp * dp, engine_ranks=tp * dp, gpus_per_node=8)
+    together = Placement(trainer=tuple(range(tp * dp)), engines=tuple(range(tp * dp)), gpus_per_node=8)
     of_link = traffic(plan_sync(arch, trainer, engines, together, dtype="bfloat16"))
     assert (of_link[Link.SAME_NODE].num_bytes, of_link[Link.NETWORK].num_bytes) == (0, 0)
     assert of_link[Link.SAME_GPU].num_bytes >= 2 * parameter_count(arch) * dp
@@ -305,12 +305,14 @@ def test_the_command_shows_the_plan_s_figures_and_writes_it(
     command += ["--json", str(tmp_path / "plan.json"), "--network-gbs", "25"]
     assert main(command) == 0
     out = capsys.readouterr().out
-    place = place_together if colocated else place_apart
+    # Apart: each of four nodes has four trainer ranks and two engines of two.
+    halves = [tuple(8 * (rank // 4) + 4 * half + rank % 4 for rank in range(16)) for half in (0, 1)]
+    trainer, engines = (tuple(range(16)), tuple(range(16))) if colocated else halves
     plan = plan_sync(
         arch,
         ParallelLayout(world_size=16, tp=4, pp=2, ep=8),
         EngineLayout(engines=8, tp=2),
-        place(trainer_ranks=16, engine_ranks=16, gpus_per_node=8),
+        Placement(trainer=trainer, engines=engines, gpus_per_node=8),
         dtype="bfloat16",
     )
     written = (tmp_path / "plan.json").read_text()
@@ -338,6 +340,16 @@ def test_the_command_names_all_faults_at_once(tmp_path: Path, capsys: pytest.Cap
     err = capsys.readouterr().err
     for fault in ("rollout.tp = 3", "--nvlink-gbs = 0.0: must be > 0", "--gpus-per-node = 0: must be >= 1"):
         assert fault in err
+
+
+@pytest.mark.parametrize("wanted", [["rollout.engines=40", "--colocated"], ["rollout.tp=16", "rollout.engines=1"]])
+def test_what_no_run_could_place_is_refused(
+    wanted: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _published(QWEN3_30B, tmp_path)
+    recipe = str(EXAMPLES / "math_qwen3_30b_a3b" / "recipe.yaml")
+    assert main(["plan", "sync", recipe, *wanted, "--config", str(tmp_path)]) == 2
+    assert "rollout.tp" in capsys.readouterr().err
 
 
 def test_layouts_and_placements_that_do_not_fit_are_refused() -> None:
